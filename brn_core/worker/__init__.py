@@ -1,0 +1,1 @@
+"""The training worker behind `brn-train`."""

@@ -1,0 +1,1 @@
+"""Plotly pages on top of `service`: what normalization did to a run, and why."""

@@ -1,0 +1,1 @@
+"""Verdicts: pure functions from a `Window` of stored rows to findings with evidence and remedy."""

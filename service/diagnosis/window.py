@@ -1,0 +1,79 @@
+"""The rows a diagnosis looks at, as arrays. Built by `service.query.window`; rules never see the store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brn_core.wire import Layer, RunStatus, Schedule
+
+Floats: TypeAlias = NDArray[np.float64]
+Ints: TypeAlias = NDArray[np.int64]
+
+# Shape suffixes: T recorded steps, K ranks, L layers, F probe features. NaN in these arrays means *missing*, except in
+# `LayerRows`, where a stored NaN is a NaN as well; `nonfinite` tells those apart.
+
+LAYER_COLUMNS = (
+    "samples", "gap", "residual", "d_squared", "log_r", "clip_r", "clip_d", "r_max", "d_max",
+    "mean_noise", "scale_noise", "mean_diff1", "mean_diff2", "scale_diff2", "adjacency_noise", "sigma", "dead_channels",
+)  # fmt: skip
+"""The statistics of the `layers` table that rules use."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeRows:
+    """The input probe of the newest recorded steps, oldest first."""
+
+    steps_T: Ints
+    samples_TK: Floats
+    mean_TKF: Floats
+    var_TKF: Floats
+    adjacency_TKF: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRows:
+    """The layer statistics of the newest recorded steps, oldest first: `columns[name]` has shape (T, K, L)."""
+
+    steps_T: Ints
+    columns: dict[str, Floats]
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarRows:
+    """One scalar, mean over ranks, oldest first."""
+
+    steps_T: Ints
+    values_T: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class NonFinite:
+    """The first row with a non-finite channel: smallest step, then smallest layer, then smallest rank."""
+
+    step: int
+    layer: int
+    rank: int
+    channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Everything the rules may look at for one run."""
+
+    run: str
+    status: RunStatus
+    world_size: int
+    batch_size: int | None
+    planned_steps: int | None
+    schedule: Schedule | None
+    config: dict[str, object]
+    layers: tuple[Layer, ...]
+    last_step: int | None
+    probe: ProbeRows
+    rows: LayerRows
+    scalars: dict[str, ScalarRows]
+    nonfinite: NonFinite | None
