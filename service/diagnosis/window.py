@@ -12,6 +12,7 @@ from brn_core.wire import Layer, RunStatus, Schedule
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
+Bools: TypeAlias = NDArray[np.bool_]
 
 # Shape suffixes: T recorded steps, K ranks, L layers, F probe features. NaN in these arrays means *missing*, except in
 # `LayerRows`, where a stored NaN is a NaN as well; `nonfinite` tells those apart.
@@ -44,7 +45,7 @@ class LayerRows:
 
 @dataclass(frozen=True, slots=True)
 class ScalarRows:
-    """One scalar, mean over ranks, oldest first."""
+    """One scalar, mean over ranks, oldest first. A NaN or infinity here is a stored value, not a gap."""
 
     steps_T: Ints
     values_T: Floats

@@ -1,0 +1,194 @@
+"""Harm itself, read from the shadow pass: the same batch and weights once as trained and once in inference mode."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from brn_core.wire import (
+    SCALAR_SHADOW_DISAGREEMENT,
+    SCALAR_SHADOW_EVAL_LOSS,
+    SCALAR_SHADOW_TRAIN_LOSS,
+    Layer,
+)
+from service.diagnosis.finding import Evidence, Finding, Remedy
+from service.diagnosis.layers import Shares, shares
+from service.diagnosis.outcome import Abstention, Outcome, count, query
+from service.diagnosis.window import Floats, Ints, Window
+
+PASSES = 10
+_T_PASSES = 2.262  # Student's t, 97.5 %, PASSES - 1 degrees of freedom
+SETTLING_TAUS = 25
+"""Time constants of the moving statistics after which they are held to account."""
+HARM_LOSS_GAP = 0.2
+NOISE_DISAGREEMENT = 0.1
+NOISE_GAP = 0.05
+"""Gap (in sigma²) of the worst layer above which disagreement may be normalization's doing; i.i.d. batches of 32 stay
+below .02."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shadow:
+    """Means over the newest `PASSES` shadow passes, P passes after settling.
+
+    Attributes:
+        steps_P: steps of all passes after settling.
+        loss_gap, loss_gap_half_width: mean of L_eval - L_train and half its 95 % interval.
+        disagreement: mean share of samples whose prediction changes; None where it is not sent.
+        first_step: first step of the unbroken stretch, up to now, in which ten passes in a row had a harmful mean.
+        harmful: the newest ten have.
+    """
+
+    steps_P: Ints
+    loss_gap: float
+    loss_gap_half_width: float
+    disagreement: float | None
+    first_step: int
+    harmful: bool
+
+
+def settling_steps(layers: tuple[Layer, ...]) -> int:
+    """Steps until the moving statistics have forgotten their beginning: 25 time constants 1 / momentum."""
+    taus = [1 / layer.momentum for layer in layers if layer.momentum]
+    return math.ceil(SETTLING_TAUS * max(taus, default=100.0))
+
+
+def shadow(window: Window) -> Shadow | Abstention:
+    """The newest shadow passes after settling, or why there are too few."""
+    train = window.scalars.get(SCALAR_SHADOW_TRAIN_LOSS)
+    evaluated = window.scalars.get(SCALAR_SHADOW_EVAL_LOSS)
+    if train is None or evaluated is None:
+        return Abstention(
+            "NH-GAP",
+            "no shadow pass was recorded, so nobody knows what inference makes of this model",
+            advice="Pass the loss: `recorder.step(loss, shadow_loss=lambda output: criterion(output, targets))`.",
+        )
+    steps, in_train, in_eval = np.intersect1d(train.steps_T, evaluated.steps_T, return_indices=True)
+    gap: Floats = evaluated.values_T[in_eval] - train.values_T[in_train]
+    settled = settling_steps(window.layers)
+    usable = np.isfinite(gap) & (steps >= settled)
+    every = int(np.median(np.diff(steps))) if len(steps) > 1 else 50
+    steps_P, gap_P = steps[usable], gap[usable]
+    if len(steps_P) < PASSES:
+        begin = max(settled, window.last_step or 0)
+        return Abstention(
+            "NH-GAP",
+            f"it has {count(len(steps_P), 'shadow pass').replace('passs', 'passes')} after step {settled} "
+            f"({SETTLING_TAUS} time constants of the moving statistics) and needs {PASSES}",
+            more_steps=max(1, begin - (window.last_step or 0) + (PASSES - len(steps_P)) * every),
+        )
+    rolling = np.convolve(gap_P, np.full(PASSES, 1 / PASSES), mode="valid")
+    calm = np.flatnonzero(rolling <= HARM_LOSS_GAP)
+    since = int(calm[-1]) + 1 if len(calm) else 0
+    newest = gap_P[-PASSES:]
+    return Shadow(
+        steps_P=steps_P,
+        loss_gap=float(newest.mean()),
+        loss_gap_half_width=_T_PASSES * float(newest.std(ddof=1)) / math.sqrt(PASSES),
+        disagreement=_disagreement(window, settled),
+        first_step=int(steps_P[min(since + PASSES - 1, len(steps_P) - 1)]),
+        harmful=bool(rolling[-1] > HARM_LOSS_GAP),
+    )
+
+
+def _disagreement(window: Window, settled: int) -> float | None:
+    rows = window.scalars.get(SCALAR_SHADOW_DISAGREEMENT)
+    if rows is None:
+        return None
+    values = rows.values_T[(rows.steps_T >= settled) & np.isfinite(rows.values_T)]
+    return float(values[-PASSES:].mean()) if len(values) >= PASSES else None
+
+
+def gap(window: Window, measured: Shadow | Abstention, rank_effect: float | None) -> Outcome:
+    """NH-GAP: does inference lose what training has?
+
+    Args:
+        window: the run.
+        measured: its shadow passes.
+        rank_effect: persistent rank effect R of the probe, where known; tells rank skew from lag.
+    """
+    if isinstance(measured, Abstention):
+        return Outcome(abstained=(measured,))
+    parts = shares(window, rank_effect)
+    noisy = (
+        not measured.harmful
+        and measured.loss_gap < 0
+        and measured.disagreement is not None
+        and measured.disagreement > NOISE_DISAGREEMENT
+        and parts is not None
+        and parts.worst_gap > NOISE_GAP
+    )
+    if not measured.harmful and not noisy:
+        return Outcome(clear=f"inference agrees with training (loss difference {measured.loss_gap:+.2f})")
+    return Outcome((_gap_finding(window, measured, parts),))
+
+
+def _gap_finding(window: Window, measured: Shadow, parts: Shares | None) -> Finding:
+    changed = (
+        f", and {measured.disagreement:.0%} of the predictions change" if measured.disagreement is not None else ""
+    )
+    direction = "higher" if measured.loss_gap > 0 else "lower"
+    summary = (
+        f"On the same batch the loss in inference mode is {abs(measured.loss_gap):.2f} {direction} "
+        f"than in training mode{changed}"
+    )
+    if not measured.harmful:
+        summary += ": batch statistics are so noisy that training sees a different network"
+    if parts is not None:
+        summary += f"; {parts.dominant_share:.0%} of the gap at {parts.layer} is {parts.dominant_text}"
+    steps_P = measured.steps_P
+    first = measured.first_step if measured.harmful else int(steps_P[-PASSES])
+    return Finding(
+        code="NH-GAP",
+        severity="critical" if measured.harmful else "warning",
+        summary=summary + ".",
+        evidence=Evidence(
+            statistic="dL, loss in inference mode minus loss in training mode, same batch and weights",
+            value=measured.loss_gap,
+            low=measured.loss_gap - measured.loss_gap_half_width,
+            high=measured.loss_gap + measured.loss_gap_half_width,
+            threshold=HARM_LOSS_GAP if measured.harmful else None,
+            steps_used=PASSES,
+            query=query(window.run, "scalars", name=(SCALAR_SHADOW_TRAIN_LOSS, SCALAR_SHADOW_EVAL_LOSS)),
+        ),
+        remedy=_gap_remedy(window, parts),
+        layers=(parts.layer,) if parts is not None else (),
+        steps=(first, int(steps_P[-1])),
+    )
+
+
+def _gap_remedy(window: Window, parts: Shares | None) -> Remedy:
+    renorm = bool(window.layers) and all(layer.kind == "BatchRenorm" for layer in window.layers)
+    convert = None if renorm else "model = convert_batchnorm(model)"
+    kind = parts.dominant if parts is not None else "unknown"
+    if kind == "clustered":
+        code = f"DataLoader(dataset, batch_size={window.batch_size or 32}, shuffle=True)"
+        return Remedy(
+            text="Shuffle the data; where batches must stay as they are, use Batch Renorm.", code=convert or code
+        )
+    if kind == "rank":
+        text = "Ranks see different data: normalize over all of them, or give every rank a share of all data."
+        return Remedy(text=text, code="model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)")
+    if kind == "sampling":
+        text = (
+            "The batch is too small for its statistics: normalize over all ranks or more samples, or use Batch Renorm."
+        )
+        return Remedy(text=text, code=convert or _open_limits(window))
+    if kind == "slow":
+        alphas = [layer.momentum for layer in window.layers if layer.momentum]
+        text = (
+            "The moving statistics run behind the network, or the data comes in an order: shuffle, let the statistics "
+            "move faster, and re-estimate them before evaluating."
+        )
+        faster = min(10 * min(alphas, default=0.01), 0.2)
+        return Remedy(text=text, code=f"for m in norm_layers: m.momentum = {faster:.2g}")
+    text = "Look at the gap layer by layer, and re-estimate the moving statistics on training data before evaluating."
+    return Remedy(text=text, code=convert)
+
+
+def _open_limits(window: Window) -> str:
+    final = window.schedule
+    r_max, d_max = (max(final.r_max, 3.0), max(final.d_max, 5.0)) if final else (3.0, 5.0)
+    return f"RenormSchedule(r_max={r_max:g}, d_max={d_max:g}).scaled(total_steps).apply(model, step)"

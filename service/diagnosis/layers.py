@@ -1,0 +1,246 @@
+"""What the layers' own rows say: the parts of the train-inference gap, and what the limits leave of it.
+
+Shape suffixes: T recorded steps, K ranks, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from service.diagnosis.estimate import MIN_STEPS, Ratio, look_rows, ratio_of_means, twice_in_a_row
+from service.diagnosis.finding import Evidence, Finding, Remedy
+from service.diagnosis.outcome import Outcome, query
+from service.diagnosis.window import Bools, Floats, Window
+
+SHARE_ROWS = 400
+RANK_EFFECT = 0.2
+CLIP_EXCESS = 0.05
+RESIDUAL_SHARE = 0.02
+CLIP_ROWS = 50
+
+Part = Literal["sampling", "clustered", "rank", "slow"]
+_PART_TEXT: dict[Part, str] = {
+    "sampling": "sampling noise of small batches",
+    "clustered": "batches that are not random samples",
+    "rank": "ranks that see different data",
+    "slow": "slow: moving statistics that lag, or ordered data",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """The gap (r - 1)² + d² of the first normalization layer, in parts that sum to 1.
+
+    The first layer, because behind a batch-normalized layer the batch means are pinned and the gap is understated.
+
+    Attributes:
+        layer: name of that layer.
+        gap: its mean gap, in sigma².
+        parts: share of each part.
+        ratio: F of that layer's batch means, from second differences.
+        worst_gap: mean gap of the worst layer.
+    """
+
+    layer: str
+    gap: float
+    parts: dict[Part, float]
+    ratio: Ratio | None
+    worst_gap: float
+
+    @property
+    def dominant(self) -> Part:
+        return max(self.parts, key=lambda part: self.parts[part])
+
+    @property
+    def dominant_share(self) -> float:
+        return self.parts[self.dominant]
+
+    @property
+    def dominant_text(self) -> str:
+        return _PART_TEXT[self.dominant]
+
+
+def shares(window: Window, rank_effect: float | None) -> Shares | None:
+    """The parts of the first layer's gap over the newest rows; None with too few rows.
+
+    sampling = min(fast, V) for mean and scale, clustered = the excess of both, slow = the rest, which is called rank
+    where the probe shows a persistent rank effect of at least `RANK_EFFECT`. Where F's interval reaches 1 the excess
+    is counted as sampling.
+    """
+    if not window.layers:
+        return None
+    columns = {name: column[-SHARE_ROWS:] for name, column in window.rows.columns.items()}
+    first = {name: columns[name][:, :, 0] for name in ("gap", "mean_diff2", "mean_noise", "scale_diff2", "scale_noise")}
+    seen_TK = np.logical_and.reduce([np.isfinite(column_TK) for column_TK in first.values()])
+    if seen_TK.any(1).sum() < MIN_STEPS:
+        return None
+    ratio = ratio_of_means(
+        np.where(seen_TK, first["mean_diff2"], 0.0).sum(1),
+        np.where(seen_TK, first["mean_noise"], 0.0).sum(1),
+        seen_TK.any(1),
+        order=2,
+    )
+    mean = {name: float(column_TK[seen_TK].mean()) for name, column_TK in first.items()}
+    excess = max(mean["mean_diff2"] - mean["mean_noise"], 0.0) + max(mean["scale_diff2"] - mean["scale_noise"], 0.0)
+    sampling = min(mean["mean_diff2"], mean["mean_noise"]) + min(mean["scale_diff2"], mean["scale_noise"])
+    if ratio is None or ratio.low <= 1:
+        sampling, excess = sampling + excess, 0.0
+    slow = max(mean["gap"] - sampling - excess, 0.0)
+    total = sampling + excess + slow
+    if not total > 0:
+        return None
+    skewed = rank_effect is not None and rank_effect >= RANK_EFFECT
+    parts: dict[Part, float] = {
+        "sampling": sampling / total,
+        "clustered": excess / total,
+        "rank": slow / total if skewed else 0.0,
+        "slow": 0.0 if skewed else slow / total,
+    }
+    return Shares(window.layers[0].name, mean["gap"], parts, ratio, _worst(columns["gap"]))
+
+
+def _worst(gap_TKL: Floats) -> float:
+    seen_TKL = np.isfinite(gap_TKL)
+    n_L = seen_TKL.sum((0, 1))
+    mean_L = np.where(seen_TKL, gap_TKL, 0.0).sum((0, 1)) / np.maximum(n_L, 1)
+    return float(mean_L.max(initial=0.0))
+
+
+def null_clip_rate(samples: int, r_max: float, d_max: float) -> float:
+    """Share of channels that i.i.d. normal batches of `samples` clip once sigma has settled.
+
+    N sigma_B² / sigma_true² is chi-squared with N - 1 degrees of freedom; the moving sigma is the mean of sigma_B, so r
+    and d are relative to m = E sigma_B / sigma_true = sqrt(2 / N) Gamma(N/2) / Gamma((N-1)/2). Positions inside a
+    sample only make the true rate smaller. Falls below .2 % from N = 8 on at the paper's limits 3 and 5.
+    """
+    if samples < 2:
+        return 1.0
+    m = math.sqrt(2 / samples) * math.exp(math.lgamma(samples / 2) - math.lgamma((samples - 1) / 2))
+    low = _chi_squared_cdf(samples * (m / r_max) ** 2, samples - 1)
+    high = 1 - _chi_squared_cdf(samples * (m * r_max) ** 2, samples - 1)
+    beyond_d = math.erfc(d_max * m * math.sqrt(samples / 2))
+    return 1 - (1 - low - high) * (1 - beyond_d)
+
+
+def _chi_squared_cdf(x: float, degrees: int) -> float:
+    # Regularized lower incomplete gamma function P(degrees / 2, x / 2) by its power series; all terms are positive.
+    a, half = degrees / 2, x / 2
+    if half <= 0:
+        return 0.0
+    if half > a + 40 * math.sqrt(a) + 40:
+        return 1.0
+    term = math.exp(a * math.log(half) - half - math.lgamma(a + 1))
+    total, k = term, 0
+    while term > 1e-16 * total:
+        k += 1
+        term *= half / (a + k)
+        total += term
+    return min(total, 1.0)
+
+
+def clip(window: Window) -> Outcome:
+    """NH-CLIP: do the limits, now final, still leave a part of the gap uncorrected?"""
+    renorm = [i for i, layer in enumerate(window.layers) if layer.kind == "BatchRenorm"]
+    rows = window.rows
+    if not renorm or not len(rows.steps_T):
+        return Outcome()
+    final_TKL = _limits_are_final(window)
+    looks = [row for row in look_rows(rows.steps_T, CLIP_ROWS) if row + 1 >= CLIP_ROWS]
+    found: list[tuple[float, int, int, int, float, float, float]] = []
+    for i in renorm:
+        fired: list[bool] = []
+        figures: list[tuple[float, float, float]] = []
+        for row in looks:
+            at = slice(row + 1 - CLIP_ROWS, row + 1)
+            figure = _clip_figures(window, final_TKL[at, :, i], at, i)
+            figures.append(figure or (0.0, 0.0, 0.0))
+            fired.append(figure is not None and (figure[0] > figure[1] + CLIP_EXCESS or figure[2] > RESIDUAL_SHARE))
+        hits = twice_in_a_row(fired)
+        if hits and hits[-1] == len(looks) - 1:
+            begin = hits[-1]
+            while begin - 1 in hits:
+                begin -= 1
+            rate, null, left = figures[-1]
+            found.append(
+                (max(left / RESIDUAL_SHARE, (rate - null) / CLIP_EXCESS), -i, looks[begin], looks[-1], rate, null, left)
+            )
+    if not found:
+        return Outcome()
+    return Outcome((_clip_finding(window, sorted(found, reverse=True)),))
+
+
+def _limits_are_final(window: Window) -> Bools:
+    r_max_TKL, d_max_TKL = window.rows.columns["r_max"], window.rows.columns["d_max"]
+    if window.schedule is not None:
+        r_final, d_final = window.schedule.r_max, window.schedule.d_max
+        return (r_max_TKL >= r_final * (1 - 1e-5)) & (d_max_TKL >= d_final * (1 - 1e-5))
+    # Without a schedule the limits count as final once they rest at the highest values of the window.
+    r_final_L, d_final_L = (np.nanmax(np.nan_to_num(c), axis=(0, 1)) for c in (r_max_TKL, d_max_TKL))
+    opened_L = (r_final_L > 1) | (d_final_L > 0)
+    final_TKL: Bools = (r_max_TKL == r_final_L) & (d_max_TKL == d_final_L) & opened_L
+    return final_TKL
+
+
+def _clip_figures(window: Window, final_TK: Bools, at: slice, layer: int) -> tuple[float, float, float] | None:
+    """Clip rate, its null, and the share of the gap left; None where fewer than `MIN_STEPS` steps are at the limits."""
+    column = {name: c[at, :, layer] for name, c in window.rows.columns.items()}
+    names = ("samples", "clip_r", "clip_d", "residual", "gap", "r_max", "d_max")
+    seen_TK = final_TK & np.logical_and.reduce([np.isfinite(column[name]) for name in names])
+    if seen_TK.any(1).sum() < MIN_STEPS:
+        return None
+    mean = {name: float(column[name][seen_TK].mean()) for name in names}
+    samples = int(np.median(column["samples"][seen_TK]))
+    rate = max(mean["clip_r"], mean["clip_d"])
+    left = mean["residual"] / mean["gap"] if mean["gap"] > 0 else 0.0
+    return rate, null_clip_rate(samples, mean["r_max"], max(mean["d_max"], 0.0)), left
+
+
+def _clip_finding(window: Window, found: list[tuple[float, int, int, int, float, float, float]]) -> Finding:
+    _, minus_i, _, last, rate, null, left = found[0]
+    worst = window.layers[-minus_i]
+    layers = tuple(window.layers[-entry[1]] for entry in found)
+    more = f" (worst of {len(layers)} layers)" if len(layers) > 1 else ""
+    by_residual = left > RESIDUAL_SHARE
+    at = slice(max(0, last + 1 - CLIP_ROWS), last + 1)
+    r_max = float(np.nanmax(window.rows.columns["r_max"][at, :, -minus_i]))
+    d_max = float(np.nanmax(window.rows.columns["d_max"][at, :, -minus_i]))
+    return Finding(
+        code="NH-CLIP",
+        severity="warning",
+        summary=(
+            f"At its final limits r_max = {r_max:g}, d_max = {d_max:g} layer {worst.name} still clips {rate:.1%} of "
+            f"its channels (independent batches: {null:.1%}), which leaves {left:.1%} of the train-inference gap{more}."
+        ),
+        evidence=Evidence(
+            statistic="residual / gap, share that clipping leaves" if by_residual else "share of channels clipped",
+            value=left if by_residual else rate,
+            threshold=RESIDUAL_SHARE if by_residual else null + CLIP_EXCESS,
+            steps_used=CLIP_ROWS,
+            query=query(window.run, "series", stat=("clip_r", "clip_d", "residual", "gap"), layer=worst.index),
+        ),
+        remedy=_clip_remedy(window, r_max, d_max),
+        layers=tuple(layer.name for layer in layers),
+        steps=(min(int(window.rows.steps_T[entry[2]]) for entry in found), int(window.rows.steps_T[last])),
+    )
+
+
+def _clip_remedy(window: Window, r_max: float, d_max: float) -> Remedy:
+    if r_max < 3 or d_max < 5:
+        return Remedy(
+            text="Open the limits further, to the paper's 3 and 5, once the moving statistics have settled.",
+            code=(
+                f"RenormSchedule(r_max={max(r_max, 3.0):g}, d_max={max(d_max, 5.0):g})"
+                ".scaled(total_steps).apply(model, step)"
+            ),
+        )
+    return Remedy(
+        text=(
+            "The limits are wide enough for independent batches, so look for the cause: channels with outliers (draw "
+            "r_q100 and d_q100), batches that are not random samples, or ranks that see different data."
+        ),
+        code=f"GET {query(window.run, 'heatmap', stat='r_q100')}",
+    )
