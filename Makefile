@@ -1,0 +1,45 @@
+# Everything here makes .venv when it is absent and needs nothing but Python 3.11+ and pip.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_ARGS := $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-containers lint format bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+# The stamp is younger than what it was made from, so an edit of the dependencies installs again.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V); try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (once; a few minutes on a slow line)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/.installed  ## train twice, watch it live in the browser (ONCE=1 ends after the findings, PORT=n)
+	@$(BIN)/python -m brn_core.worker.demo $(DEMO_ARGS)
+
+test: lint  ## lint, types, import contracts and tests; CPU only, no Docker
+	@$(BIN)/python -m pytest -m "not containers" $(ARGS)
+
+test-containers: .venv/.installed  ## build the images, bring the compose file up, see rows arrive
+	@$(BIN)/python -m pytest -m containers --timeout 1200 $(ARGS)
+
+lint: .venv/.installed  ## ruff, mypy --strict, import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+format: .venv/.installed  ## let ruff format and fix what it can
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: .venv/.installed  ## measure; tables land in benchmarks/results
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove what make made: .venv, caches, the demo's store
+	rm -rf .venv .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

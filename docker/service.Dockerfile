@@ -1,0 +1,30 @@
+# The service and its dashboard: no torch, no compiler.
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+RUN python -m venv /opt/brn
+WORKDIR /src
+COPY . .
+# The cache keeps downloads between builds and out of the image.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/brn/bin/pip install --disable-pip-version-check --constraint constraints.txt '.[serve]'
+
+FROM ${BASE}
+LABEL org.opencontainers.image.title="brn-serve" \
+      org.opencontainers.image.description="Diagnostics for batch normalization: service and dashboard" \
+      org.opencontainers.image.licenses="MIT"
+RUN useradd --uid 10001 --no-create-home --home-dir /var/lib/brn brn \
+    && mkdir -p /var/lib/brn && chown brn:brn /var/lib/brn
+COPY --from=build /opt/brn /opt/brn
+ENV PATH=/opt/brn/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    BRN_SERVICE_STORE=chdb:///var/lib/brn/store \
+    BRN_SERVICE_HOST=0.0.0.0
+USER brn
+WORKDIR /var/lib/brn
+VOLUME /var/lib/brn
+EXPOSE 8321
+HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8321/readyz', timeout=2)"]
+CMD ["brn-serve"]
