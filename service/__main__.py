@@ -1,0 +1,130 @@
+"""`python -m service`: the REST service alone, without the dashboard (`brn-serve` serves both)."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+
+from service.app import create_app
+from service.errors import CannotStart
+from service.settings import Settings
+
+AppFactory = Callable[[Settings], FastAPI]
+
+
+def main() -> int:
+    return serve(create_app)
+
+
+def serve(app_factory: AppFactory, argv: Sequence[str] | None = None, *, prog: str = "python -m service") -> int:
+    """Reads settings, takes the port, opens the store and serves until SIGINT or SIGTERM.
+
+    Args:
+        app_factory: makes the application; the dashboard passes its own.
+        argv: command line without the program's name; None: the process's.
+        prog: name in the help text.
+
+    Returns:
+        Exit code: 0 after a clean stop, 1 where it cannot start (one line on stderr says what to do).
+    """
+    try:
+        settings = _settings(prog, argv)
+        _check_exposure(settings)
+        with _listening_socket(settings) as listener:
+            app = app_factory(settings)
+            return _run(app, settings, listener)
+    except CannotStart as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+
+
+class _Server(uvicorn.Server):
+    """Tells open event streams to end before it waits for connections to close; they would never end by themselves."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app = self.config.app
+        assert isinstance(app, FastAPI)
+        app.state.closing.set()
+        await super().shutdown(sockets)
+
+
+def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int:
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = uvicorn.Config(
+        app,
+        log_level="warning" if settings.log_level == "info" else settings.log_level,  # no line a request
+        access_log=settings.log_level == "debug",
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
+        lifespan="on",
+        server_header=False,
+    )
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving on http://{shown}:{port} (store {_without_password(settings.store)})", flush=True)
+    # uvicorn raises the signal again once it has stopped cleanly: both then end as KeyboardInterrupt, exit code 0.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        _Server(config).run(sockets=[listener])
+    return 0
+
+
+def _settings(prog: str, argv: Sequence[str] | None) -> Settings:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Takes, stores and serves normalization statistics. Flags override BRN_SERVICE_* variables.",
+    )
+    fields = Settings.model_fields
+    for name in ("host", "port", "store"):
+        parser.add_argument(f"--{name}", help=fields[name].description)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = str(first["loc"][0])
+        raise CannotStart(f"BRN_SERVICE_{field.upper()} (or --{field}): {first['msg']}") from error
+
+
+def _check_exposure(settings: Settings) -> None:
+    if not settings.is_loopback and settings.token is None and not settings.trusted_network:
+        raise CannotStart(
+            f"refusing to listen on {settings.host} without a token, anyone could read and delete runs: set "
+            "BRN_SERVICE_TOKEN=$(openssl rand -hex 16), or use --host 127.0.0.1"
+        )
+
+
+def _listening_socket(settings: Settings) -> socket.socket:
+    """The port, taken before the store is opened so that a second start fails fast and harms nothing."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((settings.host, settings.port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise CannotStart(
+                f"port {settings.port} on {settings.host} is taken: stop what listens there, or use another --port"
+            ) from error
+        raise CannotStart(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
+    return listener
+
+
+def _without_password(store: str) -> str:
+    scheme, _, rest = store.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
