@@ -1,0 +1,166 @@
+"""Mean and variance of an activation: per channel over the batch, and per sample over its positions.
+
+Tensor names end in their shape: N samples, C channels, `*` any number of positions, S their product.
+Everything here is detached and in float32 (float64 for float64 input), whatever the activation's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Added to the variance by group_norm, which answers 1 / sqrt(var + eps): far below any float32 variance that counts.
+_TINY: Final = 1e-30
+
+
+class Moments(NamedTuple):
+    """Moments of one batch.
+
+    Attributes:
+        mean_C: mean over samples and positions.
+        var_C: biased variance over samples and positions.
+        elements: elements per channel, m in the paper; (C,) where a mask or ranks may give channels different counts.
+        mean_NC: per-sample mean over positions, if asked for.
+        var_NC: per-sample biased variance over positions, if asked for and there are positions.
+    """
+
+    mean_C: Tensor
+    var_C: Tensor
+    elements: int | Tensor
+    mean_NC: Tensor | None = None
+    var_NC: Tensor | None = None
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 input, float32 for everything else: bfloat16 cannot hold a variance."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def reduced_dims(x: Tensor) -> tuple[int, ...]:
+    """All dimensions but the channels'."""
+    return (0, *range(2, x.dim()))
+
+
+def per_channel(v_C: Tensor, x: Tensor) -> Tensor:
+    """`v_C` shaped to broadcast against `x` of shape (N, C, *)."""
+    return v_C.view(-1, *([1] * (x.dim() - 2)))
+
+
+def _kernel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel by batch norm's own statistics kernel, one read of `x`."""
+    scratch = None
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        # On CPU the answer has the dtype of the running buffers, or of x where there are none.
+        scratch = torch.empty(2, x.shape[1], dtype=torch.float32)
+    mean, var = torch.ops.aten.batch_norm_update_stats(
+        x, None if scratch is None else scratch[0], None if scratch is None else scratch[1], 0.0
+    )
+    return mean, var
+
+
+def _has_rows(x: Tensor) -> bool:
+    """Whether each (sample, channel) is one run of memory."""
+    return x.dim() > 2 and x.is_contiguous()
+
+
+def _rows_are_faster(x: Tensor) -> bool:
+    """Whether batch moments from per-sample moments cost less than batch norm's own statistics kernel.
+
+    On CPU that kernel is not vectorised for contiguous float input: the row kernel takes 0.4 of its time at
+    (32, 64, 56, 56). `benchmarks/layer.py` measures the layer as a whole.
+    """
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and _has_rows(x)
+
+
+@torch.no_grad()
+def sample_moments(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Mean and biased variance of every sample over its positions; right for |mean| / sigma up to 1e4.
+
+    Args:
+        x: (N, C, *), at least one element.
+
+    Returns:
+        mean_NC and var_NC; var_NC is None for (N, C) input, where it would be zero.
+    """
+    dtype = statistics_dtype(x)
+    x = x.detach()
+    if x.dim() == 2:
+        return x.to(dtype), None
+    N, C = x.shape[:2]
+    if not torch.compiler.is_compiling() and _has_rows(x):
+        if _rows_are_faster(x):
+            _, mean_NC, inverse_std_NC = torch.ops.aten.native_group_norm(
+                x, None, None, N, C, x.numel() // (N * C), C, _TINY
+            )
+            return mean_NC, inverse_std_NC.pow_(-2)
+        mean, var = _kernel_moments(x.view(1, N * C, -1))  # N*C channels of one sample
+        return mean.view(N, C), var.view(N, C)
+    positions = tuple(range(2, x.dim()))
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        var_NC, mean_NC = torch.var_mean(x.to(dtype), positions, correction=0)
+        return mean_NC, var_NC
+    # var_mean is slow on CPU (3-5 times this); the pivot keeps the cancellation harmless.
+    mean_NC = x.mean(positions, dtype=dtype)
+    pivot_C = mean_NC.mean(0)
+    spread_NC = (x - per_channel(pivot_C, x)).square_().mean(positions)
+    return mean_NC, (spread_NC - (mean_NC - pivot_C).square_()).clamp_(min=0)
+
+
+def _from_samples(mean_NC: Tensor, var_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Chan's formula for samples of equal size: within-sample plus between-sample variance."""
+    mean_C = mean_NC.mean(0)
+    between_C = (mean_NC - mean_C).square_().mean(0)
+    return mean_C, var_NC.mean(0).add_(between_C)
+
+
+def _masked_moments(x: Tensor, mask: Tensor, per_sample: bool) -> Moments:
+    dims, positions, dtype = reduced_dims(x), tuple(range(2, x.dim())), statistics_dtype(x)
+    kept = mask.expand_as(x)
+    zero = torch.zeros((), dtype=dtype, device=x.device)
+    x = torch.where(kept, x.detach().to(dtype), zero)  # a NaN under the mask takes no part
+    count_C = kept.sum(dims)
+    m_C = count_C.clamp(min=1)
+    mean_C = x.sum(dims) / m_C
+    var_C = torch.where(kept, x - per_channel(mean_C, x), zero).square_().sum(dims) / m_C
+    if not per_sample:
+        return Moments(mean_C, var_C, count_C)
+    if not positions:
+        return Moments(mean_C, var_C, count_C, torch.where(kept, x, mean_C), None)
+    count_NC = kept.sum(positions)
+    s_NC = count_NC.clamp(min=1)
+    mean_NC = torch.where(count_NC > 0, x.sum(positions) / s_NC, mean_C)
+    centred = torch.where(kept, x - mean_NC.view(*mean_NC.shape, *([1] * len(positions))), zero)
+    return Moments(mean_C, var_C, count_C, mean_NC, centred.square_().sum(positions) / s_NC)
+
+
+@torch.no_grad()
+def batch_moments(x: Tensor, mask: Tensor | None = None, *, per_sample: bool = False) -> Moments:
+    """Mean and biased variance of every channel, in the cheapest way that is right.
+
+    Args:
+        x: (N, C, *); may be empty (zeros, count 0).
+        mask: bool, broadcastable to x; only elements under True count.
+        per_sample: also answer the per-sample moments. Where the batch moments are taken from them anyway
+            (contiguous float input on CPU) that costs nothing.
+
+    Returns:
+        Moments. A sample without any element under the mask gets the batch mean as its mean.
+    """
+    dtype = statistics_dtype(x)
+    if x.numel() == 0:
+        zeros_C = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+        return Moments(zeros_C, zeros_C, 0)
+    if mask is not None:
+        return _masked_moments(x, mask, per_sample)
+    x = x.detach()
+    count = x.numel() // x.shape[1]
+    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
+        var_C, mean_C = torch.var_mean(x.to(dtype), reduced_dims(x), correction=0)
+        return Moments(mean_C, var_C, count, *(sample_moments(x) if per_sample else (None, None)))
+    if _rows_are_faster(x) or (per_sample and _has_rows(x)):
+        mean_NC, var_NC = sample_moments(x)
+        assert var_NC is not None  # rows exist where there are positions
+        return Moments(*_from_samples(mean_NC, var_NC), count, mean_NC, var_NC)
+    return Moments(*_kernel_moments(x), count, *(sample_moments(x) if per_sample else (None, None)))
