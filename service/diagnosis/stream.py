@@ -112,6 +112,9 @@ def stream(probe: ProbeRows, world_size: int) -> Stream:
     pair_TKF = np.zeros_like(noise_TKF)
     pair_TKF[1:] = (noise_TKF[1:] + noise_TKF[:-1]) / 2
 
+    # A feature that is constant inside batches and moves between them has no noise; the floor keeps F finite there.
+    typical_KF = fast_TKF.sum(0, where=seen_TK[..., None]) / np.maximum(seen_TK.sum(0), 1)[:, None]
+    pair_TKF = np.maximum(pair_TKF, 1e-6 * typical_KF)
     size_KF = (mean_TKF**2).max(0) if end else np.zeros(mean_TKF.shape[1:])
     moves_KF = (fast_TKF + pair_TKF).max(0, initial=0.0) > _CONSTANT**2 * size_KF
     keep_TKF = seen_TK[..., None] & moves_KF
@@ -143,7 +146,7 @@ def cluster_ratio(stream: Stream, begin: int, end: int, *, max_gap_share: float 
     seen_T = np.asarray(seen_TK[:, full_K].any(1), np.bool_)
     fast_TF = stream.fast_TKF[begin:end, full_K].sum(1)
     noise_TF = stream.noise_TKF[begin:end, full_K].sum(1)
-    weight_F = _weights(noise_TF.sum(0), fast_TF.sum(0))
+    weight_F = _weights(noise_TF.sum(0))
     return ratio_of_means(fast_TF @ weight_F, noise_TF @ weight_F, seen_T, order=1)
 
 
@@ -152,10 +155,8 @@ def effective_samples(samples: int, ratio: float) -> float:
     return 1 + (samples - 1) / ratio if ratio > 1 else float(samples)
 
 
-def _weights(noise_F: Floats, fast_F: Floats) -> Floats:
-    # A feature that is constant inside batches and moves between them has no noise; the floor keeps F finite there.
-    scale_F = np.maximum(noise_F, 1e-6 * (noise_F + fast_F))
-    return np.divide(1.0, scale_F, out=np.zeros_like(scale_F), where=scale_F > 0)
+def _weights(noise_F: Floats) -> Floats:
+    return np.divide(1.0, noise_F, out=np.zeros_like(noise_F), where=noise_F > 0)
 
 
 def slow_lane(stream: Stream) -> tuple[Span | None, bool]:
@@ -165,7 +166,7 @@ def slow_lane(stream: Stream) -> tuple[Span | None, bool]:
         The span seen, if any, and whether two windows in a row could be judged at all.
     """
     rows = look_rows(stream.steps_T)
-    spans: list[Span] = []
+    span: Span | None = None
     judged = False
     for width, threshold in WINDOWS:
         looks = [
@@ -176,8 +177,8 @@ def slow_lane(stream: Stream) -> tuple[Span | None, bool]:
         fired = twice_in_a_row([f is not None and f.value >= threshold and f.z >= Z_ALARM for f in looks])
         if fired:
             begin = max(0, rows[fired[0] - 1] + 1 - width)
-            spans.append(Span(begin, rows[fired[0]], rows[fired[-1]], None))
-    return _union(spans), judged
+            span = _union(span, Span(begin, rows[fired[0]], rows[fired[-1]], None))
+    return span, judged
 
 
 def fast_lane(stream: Stream) -> Span | None:
@@ -197,8 +198,7 @@ def fast_lane(stream: Stream) -> Span | None:
     fast_BF = stream.fast_TKF[blocks_B].sum(1)
     noise_BF = stream.noise_TKF[blocks_B].sum(1)
     past_BF = np.cumsum(noise_BF, 0) - noise_BF
-    past_fast_BF = np.cumsum(fast_BF, 0) - fast_BF
-    weight_BF = _weights(past_BF, past_fast_BF)
+    weight_BF = _weights(past_BF)
     g_B = (fast_BF * weight_BF).sum(1)
     h_B = E_MARGIN * (noise_BF * weight_BF).sum(1)
     u_B = np.divide(g_B - h_B, g_B + h_B, out=np.zeros_like(g_B), where=g_B + h_B > 0)
@@ -225,15 +225,17 @@ def fast_lane(stream: Stream) -> Span | None:
     return Span(begin, int(blocks_B[alarms[0][1]]), int(blocks_B[alarms[-1][1]]), best)
 
 
-def _union(spans: list[Span]) -> Span | None:
-    if not spans:
-        return None
-    e_values = [s.e_value for s in spans if s.e_value is not None]
+def _union(sharp: Span | None, wide: Span | None) -> Span | None:
+    """One span from a sharp and a wide lane; the wide one begins early and fires until its window is past the fault."""
+    if sharp is None or wide is None:
+        return sharp or wide
+    still = wide.last - WINDOWS[-1][0] >= sharp.last
+    e_values = [s.e_value for s in (sharp, wide) if s.e_value is not None]
     return Span(
-        max(s.begin for s in spans),  # the sharpest estimate: wide windows begin long before the fault
-        min(s.first for s in spans),
-        max(s.last for s in spans),
-        max(e_values, default=None),
+        begin=max(sharp.begin, wide.begin),
+        first=min(sharp.first, wide.first),
+        last=wide.last if still else sharp.last,
+        e_value=max(e_values, default=None),
     )
 
 
@@ -247,7 +249,7 @@ def cluster(window: Window, stream: Stream, loss_gap: float | None) -> Outcome:
     """
     withheld = _withheld(window, stream)
     slow, judged = slow_lane(stream)
-    span = _union([s for s in (slow, fast_lane(stream)) if s is not None])
+    span = _union(fast_lane(stream), slow)
     if span is None:
         if not judged:
             return Outcome(abstained=withheld or (_too_short(stream),))

@@ -1,0 +1,170 @@
+"""Synthetic runs for the rules: data streams seen through a probe, and windows around them. All seeded.
+
+Shapes: T steps, K ranks, N samples a rank, D inputs, F probe features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from brn_core.wire import PROBE_FEATURES, Layer, LayerKind, Schedule
+from service.diagnosis.window import LAYER_COLUMNS, LayerRows, NonFinite, ProbeRows, ScalarRows, Window
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+INPUTS = 16
+LABELS = 10
+
+
+@dataclass(frozen=True)
+class World:
+    """A population: labelled gaussian clusters mixed into correlated inputs, and a fixed probe of it."""
+
+    centres_LD: Floats
+    mixing_DD: Floats
+    probe_DF: Floats
+
+    @classmethod
+    def make(cls, rng: np.random.Generator, signal: float = 1.3) -> World:
+        spectrum_D = 0.75 ** np.arange(INPUTS)
+        mixing_DD = rng.normal(size=(INPUTS, INPUTS)) * np.sqrt(spectrum_D)[:, None]
+        probe_DF = rng.normal(size=(INPUTS, PROBE_FEATURES)) / np.sqrt(INPUTS)
+        return cls(signal * rng.normal(size=(LABELS, INPUTS)), mixing_DD, probe_DF)
+
+    def observe(self, labels_TKN: Ints, rng: np.random.Generator, tails: str = "normal") -> ProbeRows:
+        shape = (*labels_TKN.shape, INPUTS)
+        noise = rng.normal(size=shape) if tails == "normal" else rng.standard_t(3, size=shape)
+        return self.project((self.centres_LD[labels_TKN] + noise) @ self.mixing_DD)
+
+    def project(self, x_TKND: Floats) -> ProbeRows:
+        y_TKNF = x_TKND @ self.probe_DF
+        y_TKNF[..., 8:] = np.maximum(y_TKNF[..., 8:], 0)
+        n_steps, n_ranks, n, _ = y_TKNF.shape
+        with np.errstate(all="ignore"):
+            return ProbeRows(
+                steps_T=np.arange(n_steps),
+                samples_TK=np.full((n_steps, n_ranks), float(n)),
+                mean_TKF=y_TKNF.mean(2).astype(np.float32).astype(np.float64),
+                var_TKF=y_TKNF.var(2, ddof=1) if n > 1 else np.full_like(y_TKNF[:, :, 0], np.nan),
+                adjacency_TKF=(np.diff(y_TKNF, axis=2) ** 2).sum(2) / (2 * max(n - 1, 1)),
+            )
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Data streams by name; every call makes a new population from the seed."""
+
+    def iid(
+        self, seed: int, *, steps: int = 600, ranks: int = 1, n: int = 32, tails: str = "normal", prior: str = "even"
+    ) -> ProbeRows:
+        rng = np.random.default_rng(seed)
+        p = np.ones(LABELS) if prior == "even" else 1 / np.arange(1, LABELS + 1) ** 2
+        labels = rng.choice(LABELS, size=(steps, ranks, n), p=p / p.sum())
+        return World.make(rng).observe(labels, rng, tails)
+
+    def without_replacement(self, seed: int, *, steps: int = 600, n: int = 32, size: int = 1347) -> ProbeRows:
+        """Epochs over a small data set, reshuffled each time, the rest dropped."""
+        rng = np.random.default_rng(seed)
+        world = World.make(rng)
+        centres = world.centres_LD[rng.integers(LABELS, size=size)]
+        data_SD = (centres + rng.normal(size=(size, INPUTS))) @ world.mixing_DD
+        per_epoch = size // n
+        order = np.concatenate([rng.permutation(size)[: per_epoch * n] for _ in range(steps // per_epoch + 1)])
+        return world.project(data_SD[order[: steps * n]].reshape(steps, 1, n, INPUTS))
+
+    def unlabelled_clusters(self, seed: int, *, steps: int = 600, n: int = 32) -> ProbeRows:
+        """Two labels a batch, but labels do not show in the input: nothing to see, and nothing wrong."""
+        rng = np.random.default_rng(seed)
+        return World.make(rng, signal=0.0).observe(_few(rng, steps, 1, n, 2), rng)
+
+    def few_labels(
+        self, seed: int, *, labels: int, steps: int = 600, ranks: int = 1, n: int = 32, onset: int = 0, end: int = 10**9
+    ) -> ProbeRows:
+        """`labels` labels a batch from step `onset` until `end`, i.i.d. batches otherwise."""
+        rng = np.random.default_rng(seed)
+        faulty, clean = _few(rng, steps, ranks, n, labels), rng.integers(LABELS, size=(steps, ranks, n))
+        at = np.arange(steps)
+        now = (at >= onset) & (at < end)
+        return World.make(rng).observe(np.where(now[:, None, None], faulty, clean), rng)
+
+    def mixture(self, seed: int, *, share: float = 0.5, steps: int = 600, n: int = 32) -> ProbeRows:
+        """`share` of each batch has one label, the rest is random."""
+        rng = np.random.default_rng(seed)
+        one, clean = _few(rng, steps, 1, n, 1), rng.integers(LABELS, size=(steps, 1, n))
+        return World.make(rng).observe(np.where(rng.random((steps, 1, n)) < share, one, clean), rng)
+
+    def drifting(self, seed: int, *, per_step: float = 0.02, steps: int = 600, n: int = 32) -> ProbeRows:
+        """i.i.d. batches of a population whose mean moves by `per_step` of a feature's deviation each step."""
+        rows = self.iid(seed, steps=steps, n=n)
+        sd_F = np.sqrt(rows.var_TKF.mean((0, 1)))
+        drift_TKF = (np.arange(steps) * per_step)[:, None, None] * sd_F
+        return replace(rows, mean_TKF=rows.mean_TKF + drift_TKF)
+
+
+def _few(rng: np.random.Generator, steps: int, ranks: int, n: int, labels: int) -> Ints:
+    chosen = rng.permuted(np.tile(np.arange(LABELS), (steps, ranks, 1)), axis=2)[..., :labels]
+    return np.take_along_axis(chosen, rng.integers(labels, size=(steps, ranks, n)), axis=2)
+
+
+@pytest.fixture
+def streams() -> Streams:
+    return Streams()
+
+
+def _no_probe(ranks: int) -> ProbeRows:
+    none = np.empty((0, ranks, PROBE_FEATURES))
+    return ProbeRows(np.empty(0, np.int64), np.empty((0, ranks)), none, none, none)
+
+
+def _make_window(
+    *,
+    probe: ProbeRows | None = None,
+    columns: dict[str, Floats] | None = None,
+    steps: Ints | None = None,
+    scalars: dict[str, tuple[Any, Any]] | None = None,
+    kinds: tuple[LayerKind, ...] = ("BatchNorm", "BatchNorm"),
+    momentum: float | None = 0.1,
+    schedule: Schedule | None = None,
+    nonfinite: NonFinite | None = None,
+    **changes: Any,
+) -> Window:
+    """A window of two layers; `columns` are (T, K, L) and fill what is not given with NaN."""
+    ranks = probe.samples_TK.shape[1] if probe is not None else 1
+    given = columns or {}
+    shape = next((c.shape for c in given.values()), (0, ranks, len(kinds)))
+    at = steps if steps is not None else np.arange(shape[0])
+    rows = LayerRows(at, {name: given.get(name, np.full(shape, np.nan)) for name in LAYER_COLUMNS})
+    series = {name: ScalarRows(np.asarray(s), np.asarray(v, float)) for name, (s, v) in (scalars or {}).items()}
+    probe = probe if probe is not None else _no_probe(ranks)
+    ends = [int(s[-1]) for s in (probe.steps_T, at, *(r.steps_T for r in series.values())) if len(s)]
+    made = Window(
+        run="run-1",
+        status="running",
+        world_size=ranks,
+        batch_size=32,
+        planned_steps=None,
+        schedule=schedule,
+        config={},
+        layers=tuple(
+            Layer(index=i, name=f"bn{i + 1}", kind=kind, channels=16, eps=1e-5, momentum=momentum)
+            for i, kind in enumerate(kinds)
+        ),
+        last_step=max(ends, default=None),
+        probe=probe,
+        rows=rows,
+        scalars=series,
+        nonfinite=nonfinite,
+    )
+    return replace(made, **changes)
+
+
+@pytest.fixture
+def make_window() -> Callable[..., Window]:
+    return _make_window

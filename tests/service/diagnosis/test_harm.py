@@ -1,0 +1,182 @@
+"""The shadow pass: harm is called when inference loses, named by its largest part, not before the run has settled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from brn_core.wire import SCALAR_SHADOW_DISAGREEMENT, SCALAR_SHADOW_EVAL_LOSS, SCALAR_SHADOW_TRAIN_LOSS
+from service.diagnosis.finding import Diagnosis, Finding
+from service.diagnosis.harm import Shadow, settling_steps, shadow
+from service.diagnosis.rules import diagnose
+from service.diagnosis.window import Window
+
+MakeWindow = Callable[..., Window]
+Streams = Any  # conftest.Streams
+
+
+def passes(loss_gap: Any, *, disagreement: float | None = None, every: int = 50, n: int = 40) -> dict[str, Any]:
+    """Shadow scalars of `n` passes with noise of .05 in the loss."""
+    rng = np.random.default_rng(1)
+    steps = np.arange(n) * every
+    train = 1 + 0.05 * rng.normal(size=n)
+    rows: dict[str, Any] = {
+        SCALAR_SHADOW_TRAIN_LOSS: (steps, train),
+        SCALAR_SHADOW_EVAL_LOSS: (steps, train + loss_gap + 0.05 * rng.normal(size=n)),
+    }
+    if disagreement is not None:
+        rows[SCALAR_SHADOW_DISAGREEMENT] = (steps, np.full(n, disagreement))
+    return rows
+
+
+def gap_columns(
+    *, sampling: float = 0.0, clustered: float = 0.0, slow: float = 0.0, steps: int = 400
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Layer rows whose gap has these parts, in the mean and not in the scale."""
+    rng = np.random.default_rng(2)
+    noise = sampling * rng.gamma(16, 1 / 16, size=(steps, 1, 2))
+    fast = (sampling + clustered) * rng.gamma(4, 1 / 4, size=(steps, 1, 2))
+    zero = np.zeros((steps, 1, 2))
+    return {
+        "mean_noise": noise,
+        "mean_diff2": fast,
+        "scale_noise": zero,
+        "scale_diff2": zero,
+        "gap": fast + slow,
+    }
+
+
+def gap_finding(diagnosis: Diagnosis) -> Finding | None:
+    return next((f for f in diagnosis.findings if f.code == "NH-GAP"), None)
+
+
+def test_a_loss_gap_above_a_fifth_is_critical_and_carries_its_interval(make_window: MakeWindow) -> None:
+    finding = gap_finding(diagnose(make_window(scalars=passes(1.65))))
+
+    assert finding is not None
+    assert finding.severity == "critical"
+    evidence = finding.evidence
+    assert evidence is not None
+    assert evidence.low is not None
+    assert evidence.high is not None
+    assert evidence.low < 1.65 < evidence.high
+    assert evidence.high - evidence.low < 0.3
+    assert evidence.query == ("/v1/runs/run-1/scalars?name=brn/shadow_train_loss&name=brn/shadow_eval_loss")
+
+
+def test_inference_that_agrees_is_healthy(make_window: MakeWindow) -> None:
+    diagnosis = diagnose(make_window(scalars=passes(-0.02, disagreement=0.06), status="finished"))
+
+    assert diagnosis.verdict.code == "HEALTHY"
+    assert "inference agrees" in diagnosis.verdict.summary
+    assert "Not judged: NH-CLUSTER" in diagnosis.verdict.summary
+
+
+def test_before_25_time_constants_nothing_is_called_and_the_wait_is_said(make_window: MakeWindow) -> None:
+    # momentum .01: settled from step 2500 on; 30 passes reach step 1450; 10 passes after 2500 end at step 2950.
+    window = make_window(scalars=passes(1.0, n=30), momentum=0.01)
+    diagnosis = diagnose(window)
+
+    assert gap_finding(diagnosis) is None
+    assert diagnosis.verdict.code == "WARMUP"
+    withheld = next(f for f in diagnosis.findings if f.summary.startswith("NH-GAP"))
+    assert "after step 2500" in withheld.summary
+    assert "1550 more steps" in withheld.summary
+
+
+def test_settling_follows_the_slowest_layer_and_has_a_value_for_cumulative_averages(make_window: MakeWindow) -> None:
+    assert settling_steps(make_window(momentum=0.1).layers) == 250
+    assert settling_steps(make_window(momentum=None).layers) == 2500
+
+
+def test_a_gap_that_batch_renorm_has_closed_is_not_reported(make_window: MakeWindow) -> None:
+    closing = np.where(np.arange(40) < 20, 1.0, 0.0)
+
+    assert gap_finding(diagnose(make_window(scalars=passes(closing)))) is None
+
+
+def test_a_gap_that_opened_later_is_dated_to_its_tenth_pass(make_window: MakeWindow) -> None:
+    opening = np.where(np.arange(40) < 20, 0.0, 5.0)
+    finding = gap_finding(diagnose(make_window(scalars=passes(opening))))
+
+    assert finding is not None
+    assert 20 * 50 <= finding.steps[0] <= 30 * 50
+    assert finding.steps[1] == 39 * 50
+
+
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        ({"sampling": 0.3, "clustered": 0.0, "slow": 0.05}, "sampling noise"),
+        ({"sampling": 0.01, "clustered": 0.3, "slow": 0.02}, "not random samples"),
+        ({"sampling": 0.01, "clustered": 0.0, "slow": 0.3}, "slow"),
+    ],
+)
+def test_the_largest_part_of_the_gap_is_named_and_its_remedy_given(
+    make_window: MakeWindow, parts: dict[str, float], named: str
+) -> None:
+    finding = gap_finding(diagnose(make_window(scalars=passes(0.8), columns=gap_columns(**parts))))
+
+    assert finding is not None
+    assert named in finding.summary
+    assert finding.layers == ("bn1",)
+    assert finding.remedy is not None
+    assert finding.remedy.code is not None
+
+
+def test_sampling_noise_is_not_called_clustered_while_f_can_be_1(make_window: MakeWindow) -> None:
+    finding = gap_finding(
+        diagnose(make_window(scalars=passes(0.8), columns=gap_columns(sampling=0.1, clustered=0.002)))
+    )
+
+    assert finding is not None
+    assert "100% of the gap at bn1 is sampling noise" in finding.summary
+
+
+def test_disagreement_warns_only_where_the_layers_show_a_gap_that_could_cause_it(make_window: MakeWindow) -> None:
+    scalars = passes(-0.25, disagreement=0.16)
+    noisy = gap_finding(diagnose(make_window(scalars=scalars, columns=gap_columns(sampling=0.12))))
+    calm = gap_finding(diagnose(make_window(scalars=scalars, columns=gap_columns(sampling=0.004))))
+
+    assert noisy is not None
+    assert noisy.severity == "warning"
+    assert "16%" in noisy.summary
+    assert calm is None
+
+
+def test_a_run_without_a_shadow_pass_is_told_how_to_get_one(make_window: MakeWindow, streams: Streams) -> None:
+    diagnosis = diagnose(make_window(probe=streams.iid(1), status="finished"))
+    withheld = next(f for f in diagnosis.findings if f.code == "NH-WITHHELD")
+
+    assert diagnosis.verdict.code == "HEALTHY"
+    assert withheld.remedy is not None
+    assert "shadow_loss" in withheld.remedy.text
+
+
+def test_passes_are_paired_by_step_and_non_finite_ones_left_out(make_window: MakeWindow) -> None:
+    scalars = passes(0.5)
+    steps, evaluated = scalars[SCALAR_SHADOW_EVAL_LOSS]
+    scalars[SCALAR_SHADOW_EVAL_LOSS] = (steps[3:], evaluated[3:])  # three rows are missing at the start
+    train_steps, train = scalars[SCALAR_SHADOW_TRAIN_LOSS]
+    scalars[SCALAR_SHADOW_TRAIN_LOSS] = (train_steps, np.where(train_steps == 1900, np.nan, train))
+    measured = shadow(make_window(scalars=scalars))
+
+    assert isinstance(measured, Shadow)
+    assert measured.loss_gap == pytest.approx(0.5, abs=0.08)
+    assert 1900 not in measured.steps_P
+
+
+def test_a_cause_becomes_critical_by_its_consequence_and_the_verdict_says_both(
+    make_window: MakeWindow, streams: Streams
+) -> None:
+    probe = streams.few_labels(1, labels=6)
+    alone = diagnose(make_window(probe=probe, scalars=passes(0.0)))
+    harmed = diagnose(make_window(probe=probe, scalars=passes(1.2)))
+
+    assert (alone.verdict.code, alone.verdict.severity) == ("NH-CLUSTER", "warning")
+    assert "inference does not lose" in alone.verdict.summary
+    assert (harmed.verdict.code, harmed.verdict.severity) == ("NH-CLUSTER", "critical")
+    assert "inference mode is 1.2" in harmed.verdict.summary

@@ -1,0 +1,132 @@
+"""The whole diagnosis: every code documented, answers that are never empty, and one verdict."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.diagnosis import rules
+from service.diagnosis.finding import Diagnosis
+from service.diagnosis.rules import CODES, diagnose
+from service.diagnosis.window import NonFinite, Window
+
+MakeWindow = Callable[..., Window]
+Streams = Any  # conftest.Streams
+
+ROOT = Path(__file__).resolve().parents[3]
+SECTIONS = ("Question", "Formula", "Threshold and why", "Evidence", "Remedy", "What would refute it")
+
+
+def documented() -> dict[str, str]:
+    text = (ROOT / "docs/findings.md").read_text(encoding="utf-8")
+    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def codes_in_source() -> set[str]:
+    """Every `code="..."` and `code=` constant that the package passes to Finding."""
+    found = set()
+    for path in Path(rules.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
+                value = next(k.value for k in node.keywords if k.arg == "code")
+                assert isinstance(value, ast.Constant), f"{path.name}:{node.lineno}: a code that is not a literal"
+                found.add(value.value)
+    return found
+
+
+def test_every_code_is_documented_and_every_documented_code_exists() -> None:
+    assert set(documented()) == set(CODES) == codes_in_source()
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_code_has_all_sections_in_order(code: str) -> None:
+    assert tuple(re.findall(r"^\*\*(.+?)\.\*\*", documented()[code], flags=re.MULTILINE)) == SECTIONS
+
+
+def some_diagnoses(streams: Streams, make_window: MakeWindow) -> list[Diagnosis]:
+    return [
+        diagnose(window)
+        for window in (
+            make_window(),
+            make_window(probe=streams.iid(0, steps=5)),
+            make_window(probe=streams.iid(0)),
+            make_window(probe=streams.iid(0), status="finished"),
+            make_window(probe=streams.few_labels(0, labels=1), kinds=()),
+            make_window(scalars={"loss": (np.arange(3), np.ones(3))}, status="failed"),
+            make_window(nonfinite=NonFinite(0, 0, 0, 1), last_step=0),
+        )
+    ]
+
+
+def test_an_answer_is_never_empty_and_its_verdict_is_one_of_its_findings(
+    streams: Streams, make_window: MakeWindow
+) -> None:
+    for diagnosis in some_diagnoses(streams, make_window):
+        assert diagnosis.findings
+        assert diagnosis.verdict.code in {f.code for f in diagnosis.findings}
+        assert diagnosis.verdict.code in CODES
+
+
+def test_answers_survive_json(streams: Streams, make_window: MakeWindow) -> None:
+    for diagnosis in some_diagnoses(streams, make_window):
+        assert Diagnosis.model_validate_json(diagnosis.model_dump_json()) == diagnosis
+
+
+def test_every_warning_has_evidence_with_a_query_and_a_remedy(streams: Streams, make_window: MakeWindow) -> None:
+    for diagnosis in some_diagnoses(streams, make_window):
+        for finding in diagnosis.findings:
+            if finding.severity in ("warning", "critical"):
+                assert finding.evidence is not None
+                assert finding.evidence.query.startswith("/v1/runs/run-1/")
+                assert finding.remedy is not None
+                assert finding.steps[0] <= finding.steps[1]
+
+
+def test_sentences_are_sentences(streams: Streams, make_window: MakeWindow) -> None:
+    for diagnosis in some_diagnoses(streams, make_window):
+        for summary in (diagnosis.verdict.summary, *(f.summary for f in diagnosis.findings)):
+            assert re.fullmatch(r"[A-Z].*[^.]\.", summary), summary
+
+
+def test_findings_stand_from_worst_to_least(streams: Streams, make_window: MakeWindow) -> None:
+    window = make_window(probe=streams.few_labels(0, labels=5), nonfinite=NonFinite(9, 0, 0, 1))
+
+    assert [f.code for f in diagnose(window).findings] == ["NH-NONFINITE", "NH-CLUSTER", "NH-WITHHELD"]
+
+
+def test_the_same_rows_give_the_same_answer_and_are_not_changed(streams: Streams, make_window: MakeWindow) -> None:
+    window = make_window(probe=streams.few_labels(0, labels=3))
+    before = window.probe.mean_TKF.copy()
+
+    assert diagnose(window) == diagnose(window)
+    assert np.array_equal(window.probe.mean_TKF, before)
+
+
+def test_the_order_of_ranks_changes_no_number(streams: Streams, make_window: MakeWindow) -> None:
+    probe = streams.few_labels(0, labels=3, ranks=3, n=8)
+    swapped = replace(
+        probe,
+        mean_TKF=probe.mean_TKF[:, ::-1],
+        var_TKF=probe.var_TKF[:, ::-1],
+        adjacency_TKF=probe.adjacency_TKF[:, ::-1],
+    )
+    one, other = (diagnose(make_window(probe=p)).findings[0].evidence for p in (probe, swapped))
+
+    assert one is not None
+    assert other is not None
+    assert one.value == pytest.approx(other.value)
+
+
+def test_a_finished_run_that_was_too_short_says_what_it_lacked(streams: Streams, make_window: MakeWindow) -> None:
+    diagnosis = diagnose(make_window(probe=streams.iid(0, steps=60), status="finished"))
+
+    assert diagnosis.verdict.code == "NH-WITHHELD"
+    assert "would have needed about 90 more steps" in diagnosis.verdict.summary
