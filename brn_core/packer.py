@@ -242,8 +242,7 @@ class Transfer:
             ring = rings.setdefault(device, PinnedRing())
             buffer = ring.take(flat.numel())
             if buffer is None:
-                for part in parts:
-                    part.release()
+                cls(parts).release()
                 return None
             buffer[: flat.numel()].copy_(flat, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -254,6 +253,11 @@ class Transfer:
     @property
     def size_bytes(self) -> int:
         return sum(4 * size for part in self._parts for _, size in part.keys)
+
+    def release(self) -> None:
+        """Give the pinned buffers back unread; a copy still under way goes before the next one into them."""
+        for part in self._parts:
+            part.release()
 
     def ready(self) -> bool:
         """Whether every copy has arrived. Does not wait."""
@@ -269,7 +273,7 @@ class Transfer:
                 view = host[start : start + size]
                 arrays.append((key, view if part.ring is None else view.copy()))
                 start += size
-            part.release()
+        self.release()
         return arrays
 
 

@@ -272,26 +272,27 @@ class Recorder:
 
     def _hook(self) -> list[RemovableHandle]:
         handles = [
-            layer.register_forward_pre_hook(self._batch_norm_hook(index))
+            layer.register_forward_pre_hook(_Hook(self._batch_norm_hook(index)))
             for index, (_, layer) in enumerate(self._watched)
             if not isinstance(layer, BatchRenorm)
         ]
-        handles.append(self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        handles.append(self._model.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True))
         if self._shadow_every:
-            handles.append(self._model.register_forward_hook(self._after_forward, with_kwargs=True))
+            handles.append(self._model.register_forward_hook(_Hook(self._after_forward), with_kwargs=True))
         return handles
 
     def _batch_norm_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def before_batch_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
             if not self._due or not module.training or not torch.is_grad_enabled():
                 return
-            with self._border():
+            with self._border(), torch.no_grad():
                 running_mean, running_var = module.running_mean, module.running_var
                 assert isinstance(running_mean, Tensor)
                 assert isinstance(running_var, Tensor)
-                with torch.no_grad():
-                    mean_NC, var_NC = sample_moments(args[0].detach())
-                    self._taken[index] = BatchNormMoments(mean_NC, var_NC, running_mean.clone(), running_var.clone())
+                mean_NC, var_NC = sample_moments(args[0].detach())
+                if var_NC is None:
+                    mean_NC = mean_NC.clone()  # without positions it may be the input itself, which may change
+                self._taken[index] = BatchNormMoments(mean_NC, var_NC, running_mean.clone(), running_var.clone())
 
         return before_batch_norm
 
@@ -372,6 +373,24 @@ def watch(model: nn.Module, **settings: Any) -> Recorder:
     return Recorder(model, **settings)
 
 
+class _Hook:
+    """A hook that stays with its module: copies and pickles of the module (averaged models, checkpoints) get none."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        self._call(*args)
+
+    def __reduce__(self) -> tuple[type[_NoHook], tuple[()]]:
+        return _NoHook, ()
+
+
+class _NoHook:
+    def __call__(self, *args: Any) -> None:
+        """Nothing: this module is not watched."""
+
+
 class _Frame(NamedTuple):
     """One step on its way from the training thread to the reducer."""
 
@@ -409,6 +428,7 @@ class _Reducer:
             size = frame.transfer.size_bytes
             if len(self._frames) >= PENDING_STEPS or self._bytes + size > PENDING_BYTES:
                 self.dropped += 1
+                frame.transfer.release()
                 return
             self._frames.append(frame)
             self._bytes += size

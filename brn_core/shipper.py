@@ -42,6 +42,9 @@ CAPACITY: Final = 4096
 MAX_STEPS: Final = 256
 """Most recorded steps in one batch."""
 
+MAX_BYTES: Final = 8 * 1024 * 1024
+"""Largest body that is sent as it is; a larger one of several steps is parted (services limit the size of a body)."""
+
 _FIRST_DELAY_SECONDS: Final = 0.5
 _LONGEST_DELAY_SECONDS: Final = 30.0
 _LONGEST_RETRY_AFTER_SECONDS: Final = 300.0
@@ -402,6 +405,10 @@ class Shipper(Generic[Item]):
             return
         body = self._encode(items)
         if not body:
+            return
+        if len(body) > MAX_BYTES and len(items) > 1:
+            self._ship(items[: len(items) // 2])
+            self._ship(items[len(items) // 2 :])
             return
         seq, self._seq = self._seq, self._seq + 1
         if self._may_send() and not self._spooled:

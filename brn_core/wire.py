@@ -291,6 +291,9 @@ class RunUpdate(_Record):
     status: RunStatus | None = None
 
 
+_END_OF_STREAM: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow IPC: continuation mark, length 0
+
+
 class WireError(ValueError):
     """A batch that does not follow the schema; the text says where."""
 
@@ -329,8 +332,10 @@ def decode_batch(body: bytes) -> dict[str, pa.Table]:
                 metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
                 table = reader.read_all()
                 table.validate(full=True)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise WireError(f"the body is not a sequence of Arrow IPC streams: {_first_line(error)}") from error
+        if not body[: source.tell()].endswith(_END_OF_STREAM):
+            raise WireError("the body is cut off: an Arrow IPC stream in it has no end mark")
         name, version = metadata.get("table"), metadata.get("version")
         if version != str(SCHEMA_VERSION):
             raise WireError(
@@ -352,9 +357,9 @@ def _checked(name: str, table: pa.Table) -> pa.Table:
         missing = [f.name for f in expected if f.name not in table.schema.names]
         unknown = [n for n in table.schema.names if n not in expected.names]
         wrong = [
-            f"{f.name}: {table.schema.field(f.name).type}, not {f.type}"
+            f"{f.name}: {'twice' if len(found) > 1 else found[0].type}, not {f.type}"
             for f in expected
-            if f.name in table.schema.names and not table.schema.field(f.name).equals(f)
+            if (found := [g for g in table.schema if g.name == f.name]) and not (len(found) == 1 and found[0].equals(f))
         ]
         raise WireError(f"table {name!r}: missing columns {missing}, unknown columns {unknown}, wrong types {wrong}")
     for field in expected:
