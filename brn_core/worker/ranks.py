@@ -1,0 +1,193 @@
+"""The processes of a run: which of them this one is, and starting all of them on this host. No torch here.
+
+`brn-train --ranks N` starts N processes of itself with the environment variables of torchrun, so there is one way to
+be a rank, whoever started it.
+
+    what happens                    what the user sees
+    a rank fails                    its traceback, one line that names it; the others are ended
+    a rank is killed                one line that names it and the signal; the others are ended
+    Ctrl-C, SIGTERM, SIGHUP         every rank closes its recording and ends; a second Ctrl-C does not wait
+    this process is killed          every rank notices at its next step and ends (`Rank.launcher_alive`)
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_PEER_LOST: Final = 75
+"""This rank ended because another one did: the other one has the reason."""
+EXIT_INTERRUPTED: Final = 130
+
+_RENDEZVOUS = "_BRN_RENDEZVOUS"
+_LAUNCHER = "_BRN_LAUNCHER"
+_FOLDER = "_BRN_FOLDER"
+_GRACE_SECONDS = 10.0
+"""How long ranks may take to close their recording before they are killed."""
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One process of a run.
+
+    Attributes:
+        rank: global rank, 0 ... world_size - 1.
+        local_rank: rank among the processes of this host; the index of its CUDA device.
+        local_world_size: processes of the run on this host.
+        rendezvous: where the ranks find each other, as an init method of torch.distributed.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    rendezvous: str = "env://"
+    launcher: int | None = None
+    folder: str | None = None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Rank | None:
+        """The rank that torchrun (or `launch`) made of this process, or None where nobody did."""
+        if "RANK" not in environment or "WORLD_SIZE" not in environment:
+            return None
+        world_size = int(environment["WORLD_SIZE"])
+        launcher = environment.get(_LAUNCHER)
+        return cls(
+            rank=int(environment["RANK"]),
+            world_size=world_size,
+            local_rank=int(environment.get("LOCAL_RANK", "0")),
+            local_world_size=int(environment.get("LOCAL_WORLD_SIZE", str(world_size))),
+            rendezvous=environment.get(_RENDEZVOUS, "env://"),
+            launcher=None if launcher is None else int(launcher),
+            folder=environment.get(_FOLDER),
+        )
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def launcher_alive(self) -> bool:
+        """Whether the process that launched this rank is still there (always true where `launch` did not)."""
+        return self.launcher is None or os.getppid() == self.launcher
+
+    def report_failure(self, text: str) -> None:
+        """Says why this rank failed: to the launcher, which prints one rank's text only; else on stderr."""
+        if self.folder is None:
+            print(text.rstrip(), file=sys.stderr)
+        else:
+            (Path(self.folder) / f"failure-{self.rank}").write_text(text)
+
+
+def launch(arguments: Sequence[str], ranks: int) -> int:
+    """Runs `brn-train` with these arguments in `ranks` processes on this host; returns the exit code of the whole."""
+    with tempfile.TemporaryDirectory(prefix="brn-ranks-") as folder, _Signals() as signals:
+        processes = [
+            # A session of its own: the terminal's Ctrl-C reaches this process only, which passes it on once.
+            subprocess.Popen(
+                [sys.executable, "-m", "brn_core.worker", *arguments],
+                env=os.environ | _environment(rank, ranks, folder),
+                start_new_session=True,
+            )
+            for rank in range(ranks)
+        ]
+        codes, culprit = _wait(processes, signals)
+        if signals.received:
+            return EXIT_INTERRUPTED
+        return _judge(codes, culprit, Path(folder))
+
+
+def _environment(rank: int, ranks: int, folder: str) -> dict[str, str]:
+    environment = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        # A file instead of a port: nothing to be taken, nothing to be reached from outside.
+        _RENDEZVOUS: (Path(folder) / "rendezvous").as_uri(),
+        _LAUNCHER: str(os.getpid()),
+        _FOLDER: folder,
+    }
+    if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ:
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks the host's name up, which fails on many laptops
+    return environment
+
+
+class _Signals:
+    """Counts the signals that ask this process to end, for the time of a `with`."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._before[number] = signal.signal(number, self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() gave back
+
+    def _count(self, _number: int, _frame: FrameType | None) -> None:
+        self.received += 1
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], signals: _Signals) -> tuple[list[int], int | None]:
+    """Exit codes in rank order, and the rank that failed first.
+
+    When one rank fails or a signal comes, the others are asked to end, and after a while killed. A rank that waits for
+    a lost one in a collective is told so by gloo or NCCL; the request is for all that do something else.
+    """
+    culprit: int | None = None
+    kill_at: float | None = None
+    while any(process.poll() is None for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.returncode not in (None, 0, EXIT_PEER_LOST)]
+        if culprit is None and failed:
+            culprit = failed[0]
+        if kill_at is None and (signals.received or any(process.returncode for process in processes)):
+            kill_at = time.monotonic() + _GRACE_SECONDS
+            _send(processes, signal.SIGINT)
+        if signals.received > 1 or (kill_at is not None and time.monotonic() > kill_at):
+            _send(processes, signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)
+    codes = [process.wait() for process in processes]
+    if culprit is None:
+        culprit = next((rank for rank, code in enumerate(codes) if code not in (0, EXIT_PEER_LOST)), None)
+    return codes, culprit
+
+
+def _send(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _judge(codes: Sequence[int], culprit: int | None, folder: Path) -> int:
+    """Exit code of the run; prints why it failed, once."""
+    if not any(codes):
+        return 0
+    if culprit is None:
+        print("brn-train: the ranks lost each other and none of them says why", file=sys.stderr)
+        return EXIT_FAILED
+    reason = folder / f"failure-{culprit}"
+    if reason.exists():
+        print(reason.read_text().rstrip(), file=sys.stderr)
+    code = codes[culprit]
+    if code == EXIT_USAGE:
+        return EXIT_USAGE
+    how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    print(f"brn-train: rank {culprit} of {len(codes)} ended with {how}{hint}; the run has ended", file=sys.stderr)
+    return EXIT_FAILED

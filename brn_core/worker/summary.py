@@ -1,0 +1,40 @@
+"""The one screen at the end of a run: how well it trained, and what the service found."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from brn_core.worker.findings import FindingsUnavailableError, fetch_diagnosis, print_diagnosis, run_url
+from brn_core.worker.settings import Settings
+from brn_core.worker.train import TRAIN_ACCURACY_STEPS, Outcome
+
+
+def print_summary(console: Console, settings: Settings, outcome: Outcome) -> None:
+    """Accuracy, rate and findings; without a service, where the rows are and how to send them."""
+    rate = outcome.steps / max(outcome.seconds, 1e-9)
+    rows = [
+        ("run", f"{settings.name}: {outcome.steps} steps in {outcome.seconds:.1f} s ({rate:.0f} steps/s)"),
+        ("training", f"accuracy {outcome.train_accuracy:.1%} (last {TRAIN_ACCURACY_STEPS} batches, batch statistics)"),
+        ("test", f"accuracy {outcome.evaluation.accuracy:.1%} (moving statistics), loss {outcome.evaluation.loss:.3f}"),
+    ]
+    if outcome.dropped_steps:
+        rows.append(("lost", f"{outcome.dropped_steps} recorded steps could not be kept"))
+    console.print()
+    for name, text in rows:
+        console.print(Text.assemble((f"{name:<10}", "bold"), text))
+    if outcome.run_id is None:
+        return
+    try:
+        diagnosis = fetch_diagnosis(
+            settings.url, outcome.run_id, token=settings.token, through_step=outcome.last_recorded_step or 0
+        )
+    except FindingsUnavailableError as error:
+        console.print(
+            f"{error}; the rows are kept: python -m brn_core.spool {settings.spool} --url {settings.url}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return
+    console.print(Text.assemble((f"{'findings':<10}", "bold"), run_url(settings.url, outcome.run_id)), soft_wrap=True)
+    print_diagnosis(console, diagnosis)
