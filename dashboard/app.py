@@ -1,0 +1,58 @@
+"""The whole web application: the service with the pages in front of it, in one process."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import RedirectResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.types import ExceptionHandler
+
+from dashboard import pages
+from service import app as service_app
+from service.errors import ServiceError, Unauthorized
+from service.settings import Settings
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The service and its pages.
+
+    Raises:
+        CannotStart: the store cannot be opened.
+    """
+    app = service_app.create_app(settings)
+    app.state.known_layers = pages.known_layers()
+    app.include_router(pages.public)
+    app.include_router(pages.router)
+    app.mount("/static", StaticFiles(directory=pages.HERE / "static"))
+    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)  # leaves event streams alone
+    for kind in (ServiceError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _as_page(app.exception_handlers[kind]))
+    return app
+
+
+def _as_page(answer: ExceptionHandler) -> ExceptionHandler:
+    """The service's answer to an error, as a page where a browser navigates; scripts and /v1 keep getting JSON."""
+
+    async def handler(request: Request, error: Exception) -> Response:
+        if request.url.path.startswith("/v1/") or "text/html" not in request.headers.get("accept", ""):
+            plain: Response = await answer(request, error)  # type: ignore[arg-type, misc]
+            return plain
+        if isinstance(error, Unauthorized):
+            here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+            return RedirectResponse(f"/login?to={quote(here)}", status_code=303)
+        if isinstance(error, ServiceError):
+            return pages.message(request, error.status, error.title, error.detail)
+        if isinstance(error, HTTPException) and error.status_code == 404:
+            return pages.message(request, 404, "Not found", f"There is no page at {request.url.path}.")
+        if isinstance(error, HTTPException | RequestValidationError):
+            status = error.status_code if isinstance(error, HTTPException) else 422
+            return pages.message(request, status, "That did not work", "The address asks for something unknown.")
+        await answer(request, error)  # type: ignore[arg-type, misc]  # it logs the error
+        return pages.message(request, 500, "The service failed on this page", "Its log says why. Try again later.")
+
+    return handler
