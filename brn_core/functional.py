@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brn_core.distributed import merge_moments, sum_over_ranks
-from brn_core.moments import Moments, batch_moments, per_channel, reduced_dims, sample_moments, statistics_dtype
+from brn_core.moments import (
+    Moments,
+    as_dtype,
+    batch_moments,
+    per_channel,
+    reduced_dims,
+    sample_moments,
+    statistics_dtype,
+)
 
 __all__ = [
     "Observation",
@@ -102,6 +110,22 @@ def correction(
     return r, d
 
 
+class _Batch(NamedTuple):
+    """What normalizing a batch depends on beside tensors of the graph.
+
+    Attributes:
+        eps: added to the variance inside the root.
+        elements: m, elements per channel that mean and variance are of.
+        synced: whether these are all ranks' elements.
+        group: the ranks; the default process group if None.
+    """
+
+    eps: float
+    elements: int | Tensor
+    synced: bool
+    group: dist.ProcessGroup | None
+
+
 class _Normalize(torch.autograd.Function):
     """y = z (gamma r) + (gamma d + beta) with z = (x - mean) / sigma; mean and sigma are functions of x in backward.
 
@@ -111,6 +135,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -120,49 +145,43 @@ class _Normalize(torch.autograd.Function):
         r: Tensor,
         d: Tensor,
         mask: Tensor | None,
-        count: int | Tensor,
-        eps: float,
-        group: dist.ProcessGroup | None,
-        synced: bool,
+        batch: _Batch,
     ) -> Tensor:
-        gamma = None if weight is None else weight.to(mean.dtype)
+        # Not in setup_context: with one, torch inspects this signature at every call, at the cost of all the rest.
+        ctx.save_for_backward(x, weight, mean, sigma, r, d, mask)
+        ctx.batch = batch
+        gamma = None if weight is None else as_dtype(weight, mean.dtype)
+        beta = None if bias is None else as_dtype(bias, mean.dtype)
         scale = r if gamma is None else gamma * r
         shift = d if gamma is None else gamma * d
-        if bias is not None:
-            shift = shift + bias.to(mean.dtype)
+        if beta is not None:
+            shift = beta + d if gamma is None else torch.addcmul(beta, gamma, d)
         if not _kernels_apply(x, mask):
             y = (x - per_channel(mean, x)) * per_channel(scale / sigma, x) + per_channel(shift, x)
             y = y.to(x.dtype)
             return y if mask is None else torch.where(mask, y, torch.zeros((), dtype=y.dtype, device=y.device))
         if x.device.type == "cuda":  # one kernel, any memory format; eval-mode native_batch_norm takes three here
-            y = torch.ops.aten.batch_norm_elemt(x, scale, shift, mean, sigma.reciprocal(), eps)
+            y = torch.ops.aten.batch_norm_elemt(x, scale, shift, mean, sigma.reciprocal(), batch.eps)
         else:
-            y = torch.ops.aten.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps)[0]
+            y = torch.ops.aten.native_batch_norm(x, scale, shift, mean, var, False, 0.0, batch.eps)[0]
         return y  # type: ignore[no-any-return]  # torch.ops is untyped
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, mean, _, sigma, r, d, mask, count, eps, group, synced = inputs
-        ctx.count_is_tensor = isinstance(count, Tensor)
-        ctx.save_for_backward(x, weight, mean, sigma, r, d, mask, count if ctx.count_is_tensor else None)
-        ctx.count, ctx.eps, ctx.group, ctx.synced = None if ctx.count_is_tensor else count, eps, group, synced
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, sigma, r, d, mask, count = ctx.saved_tensors
-        count = ctx.count if count is None else count
-        scale = r if weight is None else weight.to(r.dtype) * r
+        x, weight, mean, sigma, r, d, mask = ctx.saved_tensors
+        batch: _Batch = ctx.batch
+        scale = r if weight is None else as_dtype(weight, r.dtype) * r
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        if _kernels_apply(x, mask) and not ctx.synced:
+        if _kernels_apply(x, mask) and not batch.synced:
             dx, dz, db = torch.ops.aten.native_batch_norm_backward(
-                grad, x, scale, None, None, mean, sigma.reciprocal(), True, ctx.eps,
+                grad, x, scale, None, None, mean, sigma.reciprocal(), True, batch.eps,
                 [need_x, need_weight, need_weight or need_bias],
             )  # fmt: skip
         else:
-            dx, dz, db = _backward(grad, x, scale, mean, sigma, mask, count, ctx.eps, ctx.synced, ctx.group)
+            dx, dz, db = _backward(grad, x, scale, mean, sigma, mask, batch)
         # xhat = z r + d, so sum(dy xhat) = r sum(dy z) + d sum(dy)
-        dweight = (r * dz + d * db).to(weight.dtype) if need_weight else None
-        return dx, dweight, db if need_bias else None, *([None] * 10)
+        dweight = torch.addcmul(r * dz, d, db) if need_weight else None
+        return dx, dweight, db if need_bias else None, None, None, None, None, None, None, None
 
 
 def _kernels_apply(x: Tensor, mask: Tensor | None) -> bool:
@@ -177,28 +196,25 @@ def _backward(
     mean: Tensor,
     sigma: Tensor,
     mask: Tensor | None,
-    count: int | Tensor,
-    eps: float,
-    synced: bool,
-    group: dist.ProcessGroup | None,
+    batch: _Batch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, sum(dy z) and sum(dy); the sums are this rank's own, as the gradients of gamma and beta are."""
     dims, dtype = reduced_dims(x), mean.dtype
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: a second derivative follows
-        if synced:
+        if batch.synced:
             raise RuntimeError(
                 'sync="moments" has no second derivative: it would need collectives inside it; '
                 'use sync="none" or sync="ema" where gradients of gradients are taken'
             )
-        mean, sigma = _differentiable_moments(x.to(dtype), mask, eps)
+        mean, sigma = _differentiable_moments(x.to(dtype), mask, batch.eps)
     z = (x - per_channel(mean, x)) / per_channel(sigma, x)
     dy = grad.to(dtype)
     if mask is not None:
         zero = torch.zeros((), dtype=dtype, device=x.device)
         z, dy = torch.where(mask, z, zero), torch.where(mask, dy, zero)
     dz, db = (dy * z).sum(dims), dy.sum(dims)
-    dz_all, db_all = sum_over_ranks((dz, db), group) if synced else (dz, db)
-    m = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+    dz_all, db_all = sum_over_ranks((dz, db), batch.group) if batch.synced else (dz, db)
+    m = batch.elements.clamp(min=1) if isinstance(batch.elements, Tensor) else batch.elements
     dx = (dy - per_channel(db_all / m, x) - z * per_channel(dz_all / m, x)) * per_channel(scale / sigma, x)
     if mask is not None:
         dx = torch.where(mask, dx, zero)
@@ -248,44 +264,65 @@ def renormalize(
     Returns:
         y with x's shape, dtype and memory format, and the Statistics of the batch.
     """
-    parts: Sequence[Tensor] = (x,) if microbatches == 1 else x.tensor_split(microbatches)
-    masks: Sequence[Tensor | None] = [mask] * microbatches
-    if mask is not None and microbatches > 1:
+    if microbatches > 1:
+        assert not synced  # splitting a batch and joining it with others' contradict each other
+        return _in_microbatches(x, weight, bias, correct, eps, mask, microbatches, per_sample)
+    with torch.no_grad():
+        moments = batch_moments(x, mask, per_sample=per_sample)
+        if synced:
+            moments = merge_moments(moments, group)
+        sigma_B = (moments.var_C + eps).sqrt_()
+        r, d = correct(moments.mean_C, sigma_B)
+        statistics = Statistics(moments.mean_C, sigma_B, _valid(sigma_B, moments), moments.mean_NC, moments.var_NC)
+    batch = _Batch(eps, moments.elements, synced, group)
+    y = _Normalize.apply(x, weight, bias, moments.mean_C, moments.var_C, sigma_B, r, d, mask, batch)  # type: ignore[no-untyped-call]
+    return y, statistics
+
+
+def _in_microbatches(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    correct: Correct,
+    eps: float,
+    mask: Tensor | None,
+    microbatches: int,
+    per_sample: bool,
+) -> tuple[Tensor, Statistics]:
+    """`renormalize`, each part of the batch for itself; the statistics are the mean of theirs."""
+    parts = x.tensor_split(microbatches)
+    masks: Sequence[Tensor | None] = [None] * microbatches
+    if mask is not None:
         masks = mask.expand(x.shape[0], *mask.shape[1:]).tensor_split(microbatches)
     with torch.no_grad():
         moments = [batch_moments(p, m, per_sample=per_sample) for p, m in zip(parts, masks, strict=True)]
-        if synced:
-            moments = [merge_moments(m, group) for m in moments]
-        means, sigmas = [m.mean_C for m in moments], [(m.var_C + eps).sqrt_() for m in moments]
-        if microbatches == 1:
-            mu_B, sigma_B = means[0], sigmas[0]
-            r, d = correct(mu_B, sigma_B)
-            corrections = [(r, d)]
-        else:
-            mu_GC, sigma_GC = torch.stack(means), torch.stack(sigmas)
-            corrections = list(zip(*correct(mu_GC, sigma_GC), strict=True))
-            mu_B, sigma_B = mu_GC.mean(0), sigma_GC.mean(0)
-        valid = sigma_B < torch.inf  # False for NaN too
-        for m in moments:
-            if isinstance(m.elements, Tensor):
-                valid &= m.elements > 1
-    outputs = [
-        _Normalize.apply(  # type: ignore[no-untyped-call]
-            p, weight, bias, m.mean_C, m.var_C, sigma, r, d, part_mask, m.elements, eps, group, synced
-        )
-        for p, part_mask, m, sigma, (r, d) in zip(parts, masks, moments, sigmas, corrections, strict=True)
-    ]
-    y = outputs[0] if microbatches == 1 else torch.cat(outputs)
-    return y, Statistics(mu_B, sigma_B, valid, *(_joined(moments) if per_sample else (None, None)))
-
-
-def _joined(moments: Sequence[Moments]) -> tuple[Tensor | None, Tensor | None]:
-    """Per-sample moments of all parts, in the batch's order."""
-    if len(moments) == 1:
-        return moments[0].mean_NC, moments[0].var_NC
+        mu_GC = torch.stack([m.mean_C for m in moments])
+        sigma_GC = torch.stack([(m.var_C + eps).sqrt_() for m in moments])
+        r_GC, d_GC = correct(mu_GC, sigma_GC)
+        valid_GC = torch.stack([_valid(sigma, m) for sigma, m in zip(sigma_GC, moments, strict=True)])
+    y = torch.cat(
+        [
+            _Normalize.apply(  # type: ignore[no-untyped-call]
+                part, weight, bias, m.mean_C, m.var_C, sigma, r, d, part_mask, _Batch(eps, m.elements, False, None)
+            )
+            for part, part_mask, m, sigma, r, d in zip(parts, masks, moments, sigma_GC, r_GC, d_GC, strict=True)
+        ]
+    )
     means = [m.mean_NC for m in moments if m.mean_NC is not None]
     variances = [m.var_NC for m in moments if m.var_NC is not None]
-    return torch.cat(means) if means else None, torch.cat(variances) if variances else None
+    return y, Statistics(
+        mu_GC.mean(0),
+        sigma_GC.mean(0),
+        valid_GC.all(0),
+        torch.cat(means) if means else None,
+        torch.cat(variances) if variances else None,
+    )
+
+
+def _valid(sigma_B: Tensor, moments: Moments) -> Tensor:
+    """Channels whose statistics are finite and of more than one element."""
+    finite = sigma_B < torch.inf  # False for NaN too
+    return finite & (moments.elements > 1) if isinstance(moments.elements, Tensor) else finite
 
 
 @torch.no_grad()
@@ -304,8 +341,9 @@ def update_(
         alpha: weight of the new batch, a number or a 0-dim tensor.
         stat: "var" averages sigma_B² instead and keeps its root, as implementations with a moving variance do.
     """
-    mu_B = torch.where(statistics.valid, statistics.mu_B.to(running_mean.dtype), running_mean)
-    sigma_B = torch.where(statistics.valid, statistics.sigma_B.to(running_std.dtype), running_std)
+    valid = statistics.valid
+    mu_B = torch.where(valid, as_dtype(statistics.mu_B, running_mean.dtype), running_mean)
+    sigma_B = torch.where(valid, as_dtype(statistics.sigma_B, running_std.dtype), running_std)
     running_mean.lerp_(mu_B, alpha)
     if stat == "std":
         running_std.lerp_(sigma_B, alpha)

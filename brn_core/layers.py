@@ -26,6 +26,7 @@ from brn_core.functional import (
     require_spread,
     update_,
 )
+from brn_core.moments import as_dtype
 
 Sync = Literal["none", "moments", "ema"]
 
@@ -241,8 +242,8 @@ class BatchRenorm(nn.Module):
         return y
 
     def _correction(self, mu_B: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
-        moving = (self.get_buffer(name).to(mu_B.dtype) for name in (*_STATISTICS, *_LIMITS))
-        return correction(mu_B, sigma_B, *moving)
+        mu, sigma = as_dtype(self.running_mean, mu_B.dtype), as_dtype(self.running_std, mu_B.dtype)
+        return correction(mu_B, sigma_B, mu, sigma, self.r_min, self.r_max, self.d_max)
 
     def _correction_to_record(self, mu_B: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
         r, d = self._correction(mu_B, sigma_B)

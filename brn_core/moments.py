@@ -38,6 +38,11 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t.to(dtype)` without the cost of a call where there is nothing to do, which is nearly always."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def reduced_dims(x: Tensor) -> tuple[int, ...]:
     """All dimensions but the channels'."""
     return (0, *range(2, x.dim()))
@@ -50,13 +55,11 @@ def per_channel(v_C: Tensor, x: Tensor) -> Tensor:
 
 def _kernel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel by batch norm's own statistics kernel, one read of `x`."""
-    scratch = None
+    running_mean, running_var = None, None
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
-        # On CPU the answer has the dtype of the running buffers, or of x where there are none.
-        scratch = torch.empty(2, x.shape[1], dtype=torch.float32)
-    mean, var = torch.ops.aten.batch_norm_update_stats(
-        x, None if scratch is None else scratch[0], None if scratch is None else scratch[1], 0.0
-    )
+        # On CPU the answer has the dtype of the running buffers (what they hold is unused), or of x without any.
+        running_mean, running_var = torch.empty(2, x.shape[1], dtype=torch.float32)
+    mean, var = torch.ops.aten.batch_norm_update_stats(x, running_mean, running_var, 0.0)
     return mean, var
 
 
@@ -85,11 +88,10 @@ def sample_moments(x: Tensor) -> tuple[Tensor, Tensor | None]:
         mean_NC and var_NC; var_NC is None for (N, C) input, where it would be zero.
     """
     dtype = statistics_dtype(x)
-    x = x.detach()
     if x.dim() == 2:
-        return x.to(dtype), None
-    N, C = x.shape[:2]
+        return x.detach().to(dtype), None
     if not torch.compiler.is_compiling() and _has_rows(x):
+        N, C = x.shape[:2]
         if _rows_are_faster(x):
             _, mean_NC, inverse_std_NC = torch.ops.aten.native_group_norm(
                 x, None, None, N, C, x.numel() // (N * C), C, _TINY
@@ -119,7 +121,7 @@ def _masked_moments(x: Tensor, mask: Tensor, per_sample: bool) -> Moments:
     dims, positions, dtype = reduced_dims(x), tuple(range(2, x.dim())), statistics_dtype(x)
     kept = mask.expand_as(x)
     zero = torch.zeros((), dtype=dtype, device=x.device)
-    x = torch.where(kept, x.detach().to(dtype), zero)  # a NaN under the mask takes no part
+    x = torch.where(kept, x.to(dtype), zero)  # a NaN under the mask takes no part
     count_C = kept.sum(dims)
     m_C = count_C.clamp(min=1)
     mean_C = x.sum(dims) / m_C
@@ -135,9 +137,8 @@ def _masked_moments(x: Tensor, mask: Tensor, per_sample: bool) -> Moments:
     return Moments(mean_C, var_C, count_C, mean_NC, centred.square_().sum(positions) / s_NC)
 
 
-@torch.no_grad()
 def batch_moments(x: Tensor, mask: Tensor | None = None, *, per_sample: bool = False) -> Moments:
-    """Mean and biased variance of every channel, in the cheapest way that is right.
+    """Mean and biased variance of every channel, in the cheapest way that is right; call it without gradients.
 
     Args:
         x: (N, C, *); may be empty (zeros, count 0).
@@ -154,7 +155,6 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, *, per_sample: bool = F
         return Moments(zeros_C, zeros_C, 0)
     if mask is not None:
         return _masked_moments(x, mask, per_sample)
-    x = x.detach()
     count = x.numel() // x.shape[1]
     if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
         var_C, mean_C = torch.var_mean(x.to(dtype), reduced_dims(x), correction=0)
