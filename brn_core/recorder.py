@@ -135,7 +135,6 @@ class Recorder:
         self._model = model
         self._watched = _find_layers(model)
         self._layers = tuple(_describe(i, name, layer) for i, (name, layer) in enumerate(self._watched))
-        client = Client(url, token=token or os.environ.get("BRN_TOKEN"))
         rank, world_size = _place()
         registration = _registration(
             id=_shared_run_id(run_id, run_name, rank, world_size),
@@ -148,6 +147,7 @@ class Recorder:
             tags=tuple(tags),
             layers=self._layers,
         )
+        client = Client(url, token=token or os.environ.get("BRN_TOKEN"))
         self.run_id = registration.id
         self.rank = rank
         self._url = client.url

@@ -1,5 +1,6 @@
 import math
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_the_statistics_are_those_of_the_features(shape):
         expected = (
             mean,
             sum((v - mean) ** 2 for v in column) / (N - 1),
-            sum((b - a) ** 2 for a, b in zip(column[:-1], column[1:], strict=True)) / (2 * (N - 1)),
+            sum((b - a) ** 2 for a, b in pairwise(column)) / (2 * (N - 1)),
         )
         assert _parts(segment)[:, f].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 

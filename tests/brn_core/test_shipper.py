@@ -1,0 +1,408 @@
+import logging
+import random
+import socket
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import httpx
+import pytest
+from fake_service import FakeService, Fault, eventually
+
+from brn_core import shipper as module
+from brn_core import wire
+from brn_core.packer import StepRows, tables
+from brn_core.shipper import Client, Complaints, Shipper, _retry_after_seconds
+from brn_core.spool import Spool
+from brn_core.wire import RunCreate, RunUpdate
+
+RUN = RunCreate(id="run-1", name="a run")
+
+
+def _encode(rows):
+    return wire.encode_batch(tables(rows))
+
+
+def _step(step):
+    return StepRows(step, scalars={"loss": float(step)})
+
+
+@pytest.fixture
+def ship(tmp_path):
+    """Makes shippers with short delays and closes them; the spool is `tmp_path`."""
+    made = []
+
+    def make(url, *, rank=0, spool=True, **settings):
+        shipper = Shipper(
+            Client(url, timeout_seconds=settings.pop("timeout_seconds", 2.0)),
+            settings.pop("registration", RUN),
+            rank,
+            settings.pop("encode", _encode),
+            spool=Spool(tmp_path) if spool else None,
+            flush_seconds=settings.pop("flush_seconds", 0.02),
+            **settings,
+        )
+        made.append(shipper)
+        return shipper
+
+    yield make
+    for shipper in made:
+        assert shipper.close(timeout_seconds=0)
+    assert not [t for t in threading.enumerate() if t.name == "brn-shipper"]
+
+
+@pytest.fixture(autouse=True)
+def _short_delays(monkeypatch):
+    monkeypatch.setattr(module, "_FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_LONGEST_DELAY_SECONDS", 0.05)
+
+
+def _free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def test_everything_offered_arrives_once_and_in_order(ship):
+    with FakeService() as service:
+        shipper = ship(service.url)
+        assert all(shipper.offer(_step(i)) for i in range(1000))
+        eventually(lambda: service.steps() == list(range(1000)))
+        assert shipper.close(end=RunUpdate(status="finished"))
+        assert service.statuses == {"run-1": "finished"}
+        assert service.duplicates == 0
+        assert shipper.dropped == 0
+
+
+def test_steps_of_one_flush_travel_together_over_one_connection(ship):
+    with FakeService() as service:
+        shipper = ship(service.url, flush_seconds=30)
+        for i in range(20):
+            shipper.offer(_step(i))
+        shipper.close()
+        assert len(service.batches) == 1
+        assert service.connections == 1
+
+
+def test_a_full_batch_does_not_wait_for_the_flush(ship):
+    with FakeService() as service:
+        shipper = ship(service.url, flush_seconds=3600)
+        for i in range(module.MAX_STEPS):
+            shipper.offer(_step(i))
+        eventually(lambda: len(service.steps()) == module.MAX_STEPS)
+
+
+def test_a_body_beyond_the_limit_is_parted(ship, monkeypatch):
+    monkeypatch.setattr(module, "MAX_BYTES", 1500)
+    with FakeService() as service:
+        shipper = ship(service.url, flush_seconds=30)
+        for i in range(64):
+            shipper.offer(StepRows(i, scalars={f"{random.random()}": 1.0 for _ in range(8)}))
+        shipper.close()
+        assert service.steps() == list(range(64))
+        assert len(service.batches) > 4
+
+
+def test_a_shipper_without_steps_still_registers_the_run_and_ends_it(ship):
+    with FakeService() as service:
+        ship(service.url).close(end=RunUpdate(status="failed"))
+        assert service.statuses == {"run-1": "failed"}
+
+
+def test_other_ranks_do_not_register_unless_the_service_does_not_know_the_run(ship):
+    with FakeService() as service:
+        shipper = ship(service.url, rank=3)
+        shipper.offer(_step(0))
+        eventually(lambda: service.steps() == [0])
+        assert [(method, path) for method, path, _ in service.requests] == [
+            ("POST", "/v1/runs/run-1/batches"),
+            ("POST", "/v1/runs"),
+            ("POST", "/v1/runs/run-1/batches"),
+        ]
+        assert list(service.batches)[0][1] == 3
+
+
+def test_a_service_that_forgets_the_run_is_told_again(ship):
+    with FakeService() as service:
+        shipper = ship(service.url)
+        shipper.offer(_step(0))
+        eventually(lambda: service.steps() == [0])
+        service.runs.clear()
+        shipper.offer(_step(1))
+        eventually(lambda: service.steps() == [0, 1])
+
+
+def test_a_service_that_starts_late_gets_everything(ship, tmp_path, caplog):
+    port = _free_port()
+    with caplog.at_level(logging.WARNING, "brn_core"):
+        shipper = ship(f"http://127.0.0.1:{port}")
+        for i in range(10):
+            shipper.offer(_step(i))
+        eventually(lambda: list(tmp_path.rglob("*.arrow")))
+        with FakeService(port=port) as service:
+            shipper.offer(_step(10))
+            eventually(lambda: service.steps() == list(range(11)))
+            shipper.close(end=RunUpdate(status="finished"))
+            assert service.statuses == {"run-1": "finished"}
+    assert shipper.dropped == 0
+    assert list(tmp_path.iterdir()) == []
+    complaints = [r.getMessage() for r in caplog.records if "no answer" in r.getMessage()]
+    assert len(complaints) == 1
+    assert str(tmp_path) in complaints[0]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(500),
+        Fault(503),
+        Fault(507),
+        Fault(408),
+        Fault(429),
+        Fault(401),
+        Fault(403),
+        Fault(302, {"Location": "/elsewhere"}),
+        Fault(200, body=b"<html>welcome to the hotel network</html>"),
+        Fault(200, body=b"[1, 2]"),
+        Fault(200, body=b'{"ok": true}'),
+        Fault(200, {"Content-Type": "application/json; charset=utf-16"}, body=b"\xff\xfe\x00"),
+        Fault(hang_up=True),
+    ],
+    ids=lambda fault: f"{fault.status}-{fault.body[:9]!r}" if not fault.hang_up else "hang-up",
+)
+def test_what_may_pass_is_tried_again_until_it_does(ship, tmp_path, fault):
+    broken = threading.Event()
+    broken.set()
+    with FakeService(lambda method, path: fault if broken.is_set() and "batches" in path else None) as service:
+        shipper = ship(service.url)
+        shipper.offer(_step(0))
+        eventually(lambda: len([p for _, p, _ in service.requests if "batches" in p]) >= 3)
+        assert len(list(tmp_path.rglob("*.arrow"))) == 1
+        broken.clear()
+        shipper.offer(_step(1))
+        eventually(lambda: service.steps() == [0, 1])
+        assert shipper.dropped == 0
+
+
+def test_a_slow_service_gets_the_batch_again_and_takes_it_once(ship):
+    slow = iter([Fault(delay_seconds=1.0, hang_up=True)])
+    with FakeService(lambda method, path: next(slow, None) if "batches" in path else None) as service:
+        shipper = ship(service.url, timeout_seconds=0.2)
+        shipper.offer(_step(0))
+        eventually(lambda: service.steps() == [0])
+
+
+def test_a_lost_acknowledgement_repeats_the_sequence_number(ship, monkeypatch):
+    lost = []
+    with FakeService() as service:
+        real = service.answer
+
+        def answer(method, path, query, body):
+            status, content = real(method, path, query, body)
+            if "batches" in path and not lost:
+                lost.append(query["seq"][0])
+                return 500, {"detail": "stored, but you will never know"}
+            return status, content
+
+        monkeypatch.setattr(service, "answer", answer)
+        shipper = ship(service.url)
+        shipper.offer(_step(0))
+        eventually(lambda: service.duplicates == 1)
+        assert len(service.batches) == 1
+        assert shipper.dropped == 0
+
+
+@pytest.mark.parametrize("status", [400, 413, 415, 422])
+def test_what_is_refused_is_counted_logged_once_and_set_aside(ship, tmp_path, caplog, status):
+    with FakeService(lambda method, path: Fault(status) if "batches" in path else None) as service:
+        shipper = ship(service.url)
+        for i in range(3):
+            shipper.offer(_step(i))
+            eventually(lambda expected=i + 1: shipper.dropped == expected)
+        shipper.close()
+        refused = list(tmp_path.glob("run-1/rank-0/refused/*.arrow"))
+        assert len(refused) == 3
+        assert wire.decode_batch(sorted(refused)[0].read_bytes())["scalars"].num_rows == 1
+        assert len([r for r in caplog.records if f"answered {status}: broken on purpose" in r.getMessage()]) == 1
+        assert len([p for _, p, _ in service.requests if "batches" in p]) == 3
+
+
+def test_an_address_that_is_no_such_service_is_waited_for(ship, tmp_path, caplog):
+    with FakeService(lambda method, path: Fault(404)) as service:
+        shipper = ship(service.url)
+        shipper.offer(_step(0))
+        eventually(lambda: list(tmp_path.rglob("*.arrow")))
+        assert shipper.dropped == 0
+        assert "/v1/runs answered 404" in caplog.text
+
+
+def test_retry_after_is_honoured(ship):
+    asked = []
+
+    def fault(method, path):
+        if "batches" not in path:
+            return None
+        asked.append(time.monotonic())
+        return Fault(429, {"Retry-After": "0.6"}) if len(asked) == 1 else None
+
+    with FakeService(fault) as service:
+        shipper = ship(service.url)
+        shipper.offer(_step(0))
+        eventually(lambda: service.steps() == [0])
+        assert asked[1] - asked[0] >= 0.6
+
+
+def test_retry_after_is_read_in_both_forms_and_bounded():
+    def seconds(value):
+        return _retry_after_seconds(httpx.Response(503, headers={"Retry-After": value}))
+
+    later = datetime.now(UTC) + timedelta(seconds=100)
+    assert 90 < seconds(format_datetime(later, usegmt=True)) <= 100
+    assert seconds("7") == 7
+    assert seconds("-5") == 0
+    assert seconds("1e9") == 300
+    assert [seconds(v) for v in ("soon", "", "nan")] == [None] * 3
+    assert _retry_after_seconds(httpx.Response(503)) is None
+
+
+def test_delays_grow_and_are_spread(ship, monkeypatch):
+    monkeypatch.setattr(module, "_FIRST_DELAY_SECONDS", 0.05)
+    monkeypatch.setattr(module, "_LONGEST_DELAY_SECONDS", 10.0)
+    times = []
+    with FakeService(lambda method, path: times.append(time.monotonic()) or Fault(500)) as service:
+        ship(service.url).offer(_step(0))
+        eventually(lambda: len(times) >= 5)
+    waits = [b - a for a, b in zip(times, times[1:], strict=False)]
+    assert all(wait >= 0.05 * 2**i * 0.5 for i, wait in enumerate(waits[:4]))
+
+
+def test_offering_never_waits_and_a_full_queue_drops_the_newest(ship):
+    with FakeService(lambda method, path: Fault(delay_seconds=0.5)) as service:
+        shipper = ship(service.url, capacity=5)
+        eventually(lambda: service.requests)  # the thread hangs in its registration
+        start = time.perf_counter()
+        taken = [shipper.offer(_step(i)) for i in range(10)]
+        assert time.perf_counter() - start < 0.2
+        assert taken == [True] * 5 + [False] * 5
+        assert shipper.dropped == 5
+
+
+def test_without_a_spool_what_cannot_be_sent_is_dropped_and_counted(ship):
+    shipper = ship(f"http://127.0.0.1:{_free_port()}", spool=False)
+    for i in range(4):
+        shipper.offer(_step(i))
+    eventually(lambda: shipper.dropped == 4)
+
+
+def test_a_spool_that_cannot_be_written_costs_the_steps_not_the_thread(ship, tmp_path, caplog):
+    (tmp_path / "run-1").write_text("a file where a folder should be")
+    down = threading.Event()
+    down.set()
+    with FakeService(lambda method, path: Fault(503) if down.is_set() else None) as service:
+        shipper = ship(service.url)
+        shipper.offer(_step(0))
+        eventually(lambda: shipper.dropped == 1)
+        assert "the spool cannot be written" in caplog.text
+        down.clear()
+        eventually(lambda: service.runs)
+        shipper.offer(_step(1))
+        eventually(lambda: service.steps() == [1])
+
+
+def test_an_item_that_cannot_be_encoded_is_counted_and_the_next_one_is_sent(ship):
+    def encode(rows):
+        if rows[0].step == 0:
+            raise ValueError("broken on purpose")
+        return _encode(rows)
+
+    with FakeService() as service:
+        shipper = ship(service.url, encode=encode)
+        shipper.offer(_step(0))
+        eventually(lambda: shipper.dropped == 1)
+        shipper.offer(_step(1))
+        eventually(lambda: service.steps() == [1])
+
+
+def test_a_callback_that_fails_loses_nothing(ship):
+    def fails(acknowledgement):
+        raise KeyError("broken on purpose")
+
+    with FakeService() as service:
+        shipper = ship(service.url, on_acknowledged=fails)
+        shipper.offer(_step(0))
+        eventually(lambda: service.steps() == [0])
+        shipper.close()
+        assert shipper.dropped == 0
+        assert not list(service.batches)[1:]
+
+
+def test_closing_keeps_its_deadline_with_a_dead_service_and_spools_the_rest(ship, tmp_path):
+    shipper = ship(f"http://127.0.0.1:{_free_port()}", flush_seconds=30)
+    for i in range(600):
+        shipper.offer(_step(i))
+    start = time.monotonic()
+    assert shipper.close(timeout_seconds=0.5, end=RunUpdate(status="finished"))
+    assert time.monotonic() - start < 3
+    assert shipper.dropped == 0
+    folder = Spool(tmp_path).folder("run-1", 0)
+    assert sum(parcel.steps for parcel in folder.parcels()) == 600
+    assert folder.end() == RunUpdate(status="finished")
+
+
+def test_the_next_run_sends_what_an_earlier_one_left(ship, tmp_path):
+    first = ship(f"http://127.0.0.1:{_free_port()}", rank=0)
+    first.offer(_step(0))
+    first.close(timeout_seconds=0.3, end=RunUpdate(status="failed"))
+    with FakeService() as service:
+        second = ship(service.url, registration=RunCreate(id="run-2", name="next"))
+        eventually(lambda: service.statuses.get("run-1") == "failed")
+        assert service.steps() == [0]
+        second.close(end=RunUpdate(status="finished"))
+        assert service.statuses == {"run-1": "failed", "run-2": "finished"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_run_uses_no_sequence_number_again(ship):
+    with FakeService() as service:
+        for step in (0, 1):
+            shipper = ship(service.url)
+            shipper.offer(_step(step))
+            shipper.close()
+        assert service.steps() == [0, 1]
+        assert service.duplicates == 0
+
+
+def test_sending_draws_nothing_from_the_global_generator(ship):
+    state = random.getstate()
+    shipper = ship(f"http://127.0.0.1:{_free_port()}")
+    shipper.offer(_step(0))
+    eventually(lambda: shipper._failures >= 3)
+    assert random.getstate() == state
+
+
+def test_requests_are_not_logged_one_by_one(ship, caplog):
+    with caplog.at_level(logging.INFO), FakeService() as service:
+        shipper = ship(service.url)
+        shipper.offer(_step(0))
+        shipper.close()
+    assert not [r for r in caplog.records if r.name.startswith("httpx")]
+
+
+@pytest.mark.parametrize("url", ["nonsense", "ftp://host", "http://", "127.0.0.1:8321", None, "http://a:b:c"])
+def test_a_url_without_http_and_host_is_refused(url):
+    with pytest.raises(ValueError, match=r"url must look like http://127\.0\.0\.1:8321, got"):
+        Client(url)
+
+
+def test_a_repeated_problem_is_logged_once_then_once_a_minute_with_its_count(caplog, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    complaints = Complaints()
+    for _ in range(50):
+        complaints.say("spool", "full")
+    complaints.say("other", "news")
+    clock[0] += 61
+    complaints.say("spool", "full")
+    complaints.forget("spool")
+    complaints.say("spool", "full")
+    assert [r.getMessage() for r in caplog.records] == ["full", "news", "full (51 times so far)", "full"]
