@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Final
 
 import uvicorn
 from fastapi import FastAPI
@@ -20,6 +21,9 @@ from service.errors import CannotStart
 from service.settings import Settings
 
 AppFactory = Callable[[Settings], FastAPI]
+
+_FLAGS: Final = ("host", "port", "store")
+"""Settings that have a command-line flag."""
 
 
 def main() -> int:
@@ -40,6 +44,8 @@ def serve(app_factory: AppFactory, argv: Sequence[str] | None = None, *, prog: s
     try:
         settings = _settings(prog, argv)
         _check_exposure(settings)
+        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL)  # what it logs it raises too
         with _listening_socket(settings) as listener:
             app = app_factory(settings)
             return _run(app, settings, listener)
@@ -59,7 +65,6 @@ class _Server(uvicorn.Server):
 
 
 def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int:
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = uvicorn.Config(
         app,
         log_level="warning" if settings.log_level == "info" else settings.log_level,  # no line a request
@@ -70,7 +75,7 @@ def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int:
     )
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"serving on http://{shown}:{port} (store {_without_password(settings.store)})", flush=True)
+    print(f"serving on http://{shown}:{port} (store {settings.store_shown})", flush=True)
     # uvicorn raises the signal again once it has stopped cleanly: both then end as KeyboardInterrupt, exit code 0.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
@@ -84,7 +89,7 @@ def _settings(prog: str, argv: Sequence[str] | None) -> Settings:
         description="Takes, stores and serves normalization statistics. Flags override BRN_SERVICE_* variables.",
     )
     fields = Settings.model_fields
-    for name in ("host", "port", "store"):
+    for name in _FLAGS:
         parser.add_argument(f"--{name}", help=fields[name].description)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
@@ -92,7 +97,8 @@ def _settings(prog: str, argv: Sequence[str] | None) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = str(first["loc"][0])
-        raise CannotStart(f"BRN_SERVICE_{field.upper()} (or --{field}): {first['msg']}") from error
+        flag = f" (or --{field})" if field in _FLAGS else ""
+        raise CannotStart(f"BRN_SERVICE_{field.upper()}{flag}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def _check_exposure(settings: Settings) -> None:
@@ -119,11 +125,6 @@ def _listening_socket(settings: Settings) -> socket.socket:
             ) from error
         raise CannotStart(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
     return listener
-
-
-def _without_password(store: str) -> str:
-    scheme, _, rest = store.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
 
 
 if __name__ == "__main__":

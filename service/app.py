@@ -25,6 +25,8 @@ from service.store import Store
 
 log = logging.getLogger(__name__)
 
+_PROBLEM: Final = "application/problem+json"
+
 COOKIE: Final = "brn_token"
 """Name of the browser's cookie; its value is `cookie_value(token)`."""
 
@@ -46,7 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
         diagnoser.stop()
         store.close()
 
-    app = FastAPI(
+    app = _Service(
         title="Batch Renormalization diagnostics",
         version=__version__,
         description="What normalization does to a training run: statistics of every normalization layer, and findings.",
@@ -70,6 +72,19 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_unexpected_error)
     return app
+
+
+class _Service(FastAPI):
+    """FastAPI, whose OpenAPI document says of every error that it is problem+json."""
+
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
+        for methods in document["paths"].values():
+            for route in methods.values():
+                for status, answer in route["responses"].items():
+                    if int(status) >= 400:
+                        answer["content"] = {_PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+        return document
 
 
 # -------- token
@@ -137,7 +152,7 @@ def _problem(
         body.model_dump(mode="json", exclude_none=True),
         status_code=status,
         headers=headers,
-        media_type="application/problem+json",
+        media_type=_PROBLEM,
     )
 
 

@@ -9,10 +9,10 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from brn_core.wire import PROBE_FEATURES, TABLES, WireError, decode_batch
+from brn_core.wire import PROBE_FEATURES, TABLES, RunCreate, WireError, decode_batch
 from service import query
 from service.errors import Invalid, some
-from service.schemas import Accepted, Run
+from service.schemas import Accepted
 from service.store import Store
 
 MAX_STEP: Final = 2**53
@@ -32,13 +32,13 @@ def accept(store: Store, run_id: str, rank: int, seq: int, tables: Mapping[str, 
         Invalid: the batch contradicts the schema or the run.
     """
     with store.writing():  # between the look whether a batch is there and its writing nobody else may write it
-        run = query.run(store, run_id)
-        _check(run, rank, tables, max_rows)
+        run = query.stored_run(store, run_id)
+        _check(run.record, rank, tables, max_rows)
         duplicate = query.is_stored(store, run_id, rank, seq)
         if not duplicate:
             store.put_batch(run, rank, seq, tables)
     rows = 0 if duplicate else sum(table.num_rows for table in tables.values())
-    return Accepted(rows=rows, duplicate=duplicate, verdict=run.verdict)
+    return Accepted(rows=rows, duplicate=duplicate, verdict=run.verdict or query.NOT_YET)
 
 
 def from_arrow(body: bytes) -> dict[str, pa.Table]:
@@ -80,12 +80,18 @@ def _table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
     schema = TABLES[name]
     columns = []
     for field in schema:
-        values = [_value(field, row.get(field.name)) for row in rows]
-        if not field.nullable and None in values:
-            raise Invalid(f"table {name!r}, row {values.index(None)}: column {field.name!r} is missing or null")
+        values = []
+        for number, row in enumerate(rows):
+            value = row.get(field.name)
+            if value is None and not field.nullable:
+                raise Invalid(f"table {name!r}, row {number}: column {field.name!r} is missing or null")
+            try:
+                values.append(None if value is None else _value(field.type, value))
+            except (TypeError, OverflowError) as error:
+                raise Invalid(f"table {name!r}, row {number}: column {field.name!r} {error}") from error
         try:
             columns.append(pa.array(values, field.type))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, TypeError, ValueError) as error:
+        except (ValueError, OverflowError) as error:  # ArrowInvalid is a ValueError, so is a broken surrogate
             raise Invalid(f"table {name!r}, column {field.name!r}: {str(error).splitlines()[0]}") from error
     for number, row in enumerate(rows):
         if unknown := row.keys() - set(schema.names):
@@ -93,19 +99,32 @@ def _table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _value(field: pa.Field, value: Any) -> Any:
-    """A JSON value as Arrow takes it: non-finite numbers come as strings, whole numbers may stand for floats."""
-    if pa.types.is_list(field.type):
-        return [_value(field.type.value_field, item) for item in value] if isinstance(value, list) else value
-    if pa.types.is_floating(field.type):
+def _value(kind: pa.DataType, value: Any) -> Any:
+    """A JSON value as Arrow takes it. Arrow itself would cut 1.5 to 1 and take true for 1.
+
+    Raises:
+        TypeError: the value is not of this kind; the text goes on from the column's name.
+    """
+    if pa.types.is_list(kind):
+        if isinstance(value, list):
+            return [_value(kind.value_type, item) for item in value]
+        raise TypeError(f"must be a list of numbers, got {value!r:.40}")
+    if pa.types.is_string(kind):
         if isinstance(value, str):
-            return _NON_FINITE.get(value, value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-    return value
+            return value
+        raise TypeError(f"must be a text, got {value!r:.40}")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value) if pa.types.is_floating(kind) else value
+    if pa.types.is_floating(kind):
+        if isinstance(value, float):
+            return value
+        if isinstance(value, str) and value in _NON_FINITE:
+            return _NON_FINITE[value]
+        raise TypeError(f'must be a number, "NaN", "Infinity" or "-Infinity", got {value!r:.40}')
+    raise TypeError(f"must be a whole number, got {value!r:.40}")
 
 
-def _check(run: Run, rank: int, tables: Mapping[str, pa.Table], max_rows: int) -> None:
+def _check(run: RunCreate, rank: int, tables: Mapping[str, pa.Table], max_rows: int) -> None:
     """Holds a batch of the right schema against its run."""
     if rank >= run.world_size:
         raise Invalid(f"run {run.id!r} has world_size {run.world_size}: rank must be below it, got {rank}")
@@ -129,14 +148,14 @@ def _check(run: Run, rank: int, tables: Mapping[str, pa.Table], max_rows: int) -
                 )
     if "probe" in tables:
         for vector in ("mean", "var", "adjacency"):
-            _check_lengths("probe", vector, tables["probe"], pa.scalar(PROBE_FEATURES, pa.int32()))
+            _check_vectors("probe", vector, tables["probe"], pa.scalar(PROBE_FEATURES, pa.int32()))
     if "channels" in tables:
         table = tables["channels"]
         channels = pa.array([layer.channels for layer in run.layers], pa.int32())
         expected = channels.take(table.column("layer").combine_chunks())
         for field in table.schema:
             if pa.types.is_list(field.type):
-                _check_lengths("channels", field.name, table, expected)
+                _check_vectors("channels", field.name, table, expected)
     if "scalars" in tables:
         names = tables["scalars"].column("name").unique().to_pylist()
         for name in names:
@@ -144,8 +163,11 @@ def _check(run: Run, rank: int, tables: Mapping[str, pa.Table], max_rows: int) -
                 raise Invalid(f"a scalar's name must have 1 to {MAX_NAME} characters, got {len(name)}: {name[:40]!r}")
 
 
-def _check_lengths(name: str, column: str, table: pa.Table, expected: pa.Scalar | pa.Array) -> None:
-    lengths = pc.list_value_length(table.column(column).combine_chunks())
+def _check_vectors(name: str, column: str, table: pa.Table, expected: pa.Scalar | pa.Array) -> None:
+    vectors = table.column(column).combine_chunks()
+    if vectors.flatten().null_count:
+        raise Invalid(f"table {name!r}: {column!r} holds null inside a vector; a number that does not exist is NaN")
+    lengths = pc.list_value_length(vectors)
     wrong = pc.not_equal(lengths, expected)
     if pc.any(wrong).as_py():
         row = pc.index(wrong, True).as_py()

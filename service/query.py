@@ -14,21 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import TypeAdapter
 
-from brn_core.wire import METRIC, METRICS, PROBE_FEATURES, Layer
+from brn_core.wire import METRIC, METRICS, PROBE_FEATURES, Layer, RunCreate
 from service.diagnosis.finding import Diagnosis, Verdict
 from service.diagnosis.rules import diagnose
 from service.diagnosis.window import LAYER_COLUMNS, Floats, LayerRows, NonFinite, ProbeRows, ScalarRows, Window
 from service.errors import Invalid, NotFound, some
 from service.schemas import Buckets, Heatmap, LayerSummary, Run, Scalars, ScalarSeries, Series, Summary
-from service.store import Store
+from service.store import Extent, Store, StoredRun
 
 PROBE_WINDOW_STEPS: Final = 2000
 """Newest recorded steps of the input probe that a diagnosis looks at (the evidence of a stream adds up slowly)."""
@@ -51,70 +49,51 @@ NOT_YET: Final = Verdict(code="NO_DATA", severity="info", summary="No diagnosis 
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """A run with what only queries need of it."""
+    """A run as stored now: its record and how far its rows reach."""
 
-    run: Run
-    first_step: int | None
-    batches: int
+    stored: StoredRun
+    extent: Extent
 
     @property
-    def cursor(self) -> tuple[datetime, datetime, int, str]:
-        """Differs whenever a batch arrived or the run changed."""
-        return (self.run.created_at, self.run.updated_at, self.batches, self.run.status)
+    def run(self) -> Run:
+        stored, extent = self.stored, self.extent
+        return Run(
+            **{name: getattr(stored.record, name) for name in RunCreate.model_fields},
+            status=stored.status,
+            created_at=stored.created_at,
+            updated_at=max(stored.changed_at, extent.received_at or stored.changed_at),
+            last_step=extent.last_step,
+            rows=extent.layer_rows,
+            verdict=stored.verdict or NOT_YET,
+        )
 
-
-def _states(store: Store, run_id: str | None = None) -> list[_State]:
-    """One query for all runs (without their layers, which may be many), or for one run (with them)."""
-    one = run_id is not None
-    where = "WHERE run_id = {run:String}" if one else ""
-    table = store.rows(
-        f"""
-        SELECT run_id, record, {"layers" if one else "'' AS layers"}, status, created_at, changed_at, verdict,
-               batches, layer_rows, first_step, last_step, received_at
-        FROM (SELECT * FROM runs FINAL {where}) AS run
-        LEFT JOIN (
-            SELECT run_id, count() AS batches, sum(layer_rows) AS layer_rows, min(first_step) AS first_step,
-                   max(last_step) AS last_step, max(received_at) AS received_at
-            FROM batches {where} GROUP BY run_id
-        ) AS batch USING run_id
-        LEFT JOIN (SELECT run_id, verdict FROM verdicts FINAL {where}) AS verdict USING run_id
-        ORDER BY created_at DESC, run_id
-        """,
-        **({"run": run_id} if one else {}),
-    )
-    return [_state(row) for row in table.to_pylist()]
-
-
-_JSON: Final[TypeAdapter[dict[str, Any]]] = TypeAdapter(dict[str, Any])
-
-
-def _state(row: dict[str, Any]) -> _State:
-    fields = _JSON.validate_json(row["record"])
-    if row["layers"]:
-        fields |= _JSON.validate_json(row["layers"])
-    run = Run(
-        **fields,
-        status=row["status"],
-        created_at=row["created_at"],
-        updated_at=max(row["changed_at"], row["received_at"] or row["changed_at"]),
-        last_step=row["last_step"],
-        rows=row["layer_rows"] or 0,
-        verdict=Verdict.model_validate_json(row["verdict"]) if row["verdict"] else NOT_YET,
-    )
-    return _State(run, row["first_step"], row["batches"] or 0)
+    @property
+    def cursor(self) -> tuple[object, ...]:
+        """Differs whenever a batch arrived or the run changed, and not when its verdict did."""
+        return (self.stored.created_at, self.stored.changed_at, self.extent.batches, self.extent.received_at)
 
 
 def _known(store: Store, run_id: str) -> _State:
-    found = _states(store, run_id)
-    if not found:
+    return _State(stored_run(store, run_id), store.extent(run_id))
+
+
+def stored_run(store: Store, run_id: str) -> StoredRun:
+    """The record of a run.
+
+    Raises:
+        NotFound: there is none of this id.
+    """
+    found = store.record(run_id)
+    if found is None:
         newest = store.rows("SELECT run_id FROM runs FINAL ORDER BY created_at DESC LIMIT 21").column(0).to_pylist()
         raise NotFound(f"there is no run {run_id!r}; newest runs: {some(newest)}")
-    return found[0]
+    return found
 
 
 def runs(store: Store) -> list[Run]:
     """All runs, newest first, each with its last computed verdict; without their layers (see `layers`)."""
-    return [state.run for state in _states(store)]
+    extents = store.extents()
+    return [_State(stored, extents.get(stored.record.id, Extent())).run for stored in store.records()]
 
 
 def run(store: Store, run_id: str) -> Run:
@@ -128,7 +107,7 @@ def run(store: Store, run_id: str) -> Run:
 
 def layers(store: Store, run_id: str) -> list[Layer]:
     """The normalization layers of a run, in the network's order."""
-    return list(run(store, run_id).layers)
+    return list(stored_run(store, run_id).record.layers)
 
 
 def is_stored(store: Store, run_id: str, rank: int, seq: int) -> bool:
@@ -177,13 +156,14 @@ def _slice(
         raise Invalid(f"from must not be after to, got from={from_step} and to={to_step}")
     if rank is not None and not 0 <= rank < 2**32:
         raise Invalid(f"rank must be >= 0, got {rank}")
-    count = len(state.run.layers)
+    run, extent = state.stored.record, state.extent
+    count = len(run.layers)
     if layer is not None and not 0 <= layer < count:
         exists = f"layers 0 to {count - 1}" if count else "no layers"
-        raise Invalid(f"there is no layer {layer}; run {state.run.id!r} has {exists}")
+        raise Invalid(f"there is no layer {layer}; run {run.id!r} has {exists}")
 
     clauses = ["run_id = {run:String}"]
-    parameters: dict[str, Any] = {"run": state.run.id}
+    parameters: dict[str, Any] = {"run": run.id}
     for clause, name, value in (
         ("layer = {layer:UInt16}", "layer", layer),
         ("rank = {rank:UInt32}", "rank", rank),
@@ -193,8 +173,8 @@ def _slice(
         if value is not None:
             clauses.append(clause)
             parameters[name] = value
-    first = max(state.first_step or 0, from_step or 0)
-    last = state.run.last_step or 0
+    first = max(extent.first_step or 0, from_step or 0)
+    last = extent.last_step or 0
     last = max(first, last if to_step is None else min(last, to_step))
     width = bucket_width(first, last, points)
     return _Slice(" AND ".join(clauses), parameters | {"width": width}, width)
@@ -291,7 +271,7 @@ def heatmap(
     (stat,) = _checked_stats([stat])
     state = _known(store, run_id)
     part = _slice(state, points, rank=rank, from_step=from_step, to_step=to_step)
-    names = [layer.name for layer in state.run.layers]
+    names = [layer.name for layer in state.stored.record.layers]
     table = store.rows(
         f"""
         SELECT layer, intDiv(step, {{width:UInt64}}) AS bucket, max(step) AS newest, avg({stat}) AS value
@@ -323,7 +303,7 @@ def heatmap(
 def summary(store: Store, run_id: str) -> Summary:
     """Every statistic of every layer at the layer's newest step, mean over ranks; layers without rows are left out."""
     state = _known(store, run_id)
-    names = [layer.name for layer in state.run.layers]
+    names = [layer.name for layer in state.stored.record.layers]
     table = store.rows(
         f"""
         SELECT layer, step, {", ".join(f"avg({metric.name}) AS {metric.name}_mean" for metric in METRICS)}
@@ -338,7 +318,7 @@ def summary(store: Store, run_id: str) -> Summary:
     )
     return Summary(
         run=run_id,
-        last_step=state.run.last_step,
+        last_step=state.extent.last_step,
         layers=[
             LayerSummary(
                 layer=row["layer"],
@@ -403,7 +383,7 @@ def diagnosis(store: Store, run_id: str) -> Diagnosis:
 
     def compute() -> Diagnosis:
         found = diagnose(_window(store, state))
-        if found.verdict != state.run.verdict:
+        if found.verdict != state.stored.verdict:
             store.put_verdict(run_id, found.verdict)
         return found
 
@@ -416,23 +396,23 @@ def window(store: Store, run_id: str) -> Window:
 
 
 def _window(store: Store, state: _State) -> Window:
-    run = state.run
-    ranks = store.rows("SELECT max(rank) FROM batches WHERE run_id = {run:String}", run=run.id).column(0)[0].as_py()
-    K = max(run.world_size, (ranks or 0) + 1)
+    run, extent = state.stored.record, state.extent
+    K = max(run.world_size, (extent.last_rank or 0) + 1)
+    L = len(run.layers)
     return Window(
         run=run.id,
-        status=run.status,
+        status=state.stored.status,
         world_size=run.world_size,
         batch_size=run.batch_size,
         planned_steps=run.planned_steps,
         schedule=run.schedule,
         config=dict(run.config),
         layers=run.layers,
-        last_step=run.last_step,
+        last_step=extent.last_step,
         probe=_probe_rows(store, run.id, K),
-        rows=_layer_rows(store, run.id, K, len(run.layers)),
+        rows=_layer_rows(store, run.id, K, L),
         scalars=_scalar_rows(store, run.id),
-        nonfinite=_first_nonfinite(store, run.id, len(run.layers)),
+        nonfinite=_first_nonfinite(store, run.id, L),
     )
 
 

@@ -48,11 +48,7 @@ _TEXTS: Final = {
 
 def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     """The error answers of a route, for the OpenAPI document."""
-    schema = {"schema": {"$ref": "#/components/schemas/Problem"}}
-    return {
-        code: {"model": Problem, "description": _TEXTS[code], "content": {"application/problem+json": schema}}
-        for code in codes
-    }
+    return {code: {"model": Problem, "description": _TEXTS[code]} for code in codes}
 
 
 router = APIRouter(prefix="/v1", responses=problems(401, 422, 503))
@@ -86,7 +82,7 @@ Points = Annotated[int, Query(ge=1, le=5000, description="Most buckets in the an
 
 def _existing(run: RunPath, store: StoreOf) -> None:
     """Answers 404 while there still is a status to set: a stream has sent it before it looks."""
-    query.run(store, run)
+    query.stored_run(store, run)
 
 
 # -------- runs
@@ -102,19 +98,18 @@ def _existing(run: RunPath, store: StoreOf) -> None:
         **problems(507),
     },
 )
-def create_run(body: wire.RunCreate, response: Response, store: StoreOf, diagnoser: DiagnoserOf) -> Run:
+def create_run(body: wire.RunCreate, response: Response, store: StoreOf) -> Run:
     """Idempotent: the client names the id. A known run takes the new record, keeps its rows and is running again."""
     for position, layer in enumerate(body.layers):
         if layer.index != position:
             raise Invalid(f"layers must be numbered 0, 1, 2, ... in order; layers[{position}] has index {layer.index}")
     with store.writing():
         try:
-            created_at = query.run(store, body.id).created_at
+            created_at = query.stored_run(store, body.id).created_at
             response.status_code = status.HTTP_200_OK
         except NotFound:
             created_at = datetime.now(UTC)
         store.put_run(body, "running", created_at)
-        diagnoser.touch(body.id)
         return query.run(store, body.id)
 
 
@@ -133,10 +128,9 @@ def get_run(run: RunPath, store: StoreOf) -> Run:
 def update_run(run: RunPath, body: wire.RunUpdate, store: StoreOf, diagnoser: DiagnoserOf) -> Run:
     """Only what is given changes."""
     with store.writing():
-        known = query.run(store, run)
-        record = wire.RunCreate.model_validate({name: getattr(known, name) for name in wire.RunCreate.model_fields})
+        known = query.stored_run(store, run)
         changes = body.model_dump(exclude_none=True, exclude={"status"})
-        store.put_run(record.model_copy(update=changes), body.status or known.status, known.created_at)
+        store.put_run(known.record.model_copy(update=changes), body.status or known.status, known.created_at)
         diagnoser.touch(run)
         return query.run(store, run)
 
@@ -150,7 +144,7 @@ def update_run(run: RunPath, body: wire.RunUpdate, store: StoreOf, diagnoser: Di
 )
 def delete_run(run: RunPath, store: StoreOf, diagnoser: DiagnoserOf) -> None:
     with store.writing():
-        query.run(store, run)
+        query.stored_run(store, run)
         store.delete_run(run)
         diagnoser.touch(run)
 
@@ -325,15 +319,17 @@ async def get_events(
 ) -> AsyncIterator[ServerSentEvent]:
     """Event `cursor` (`last_step`, `status`, `rows`) and event `findings` (a Diagnosis), at once and when changed."""
     closing: asyncio.Event = request.app.state.closing
-    seen, sent, shown = -1, None, None
+    seen, cursor, sent, shown = -1, None, None, None
     while not closing.is_set():
         if (changes := store.changes(run)) != seen:
-            first, seen = seen == -1, changes
+            seen = changes
             try:
                 known = await run_in_threadpool(query.run, store, run)
-                cursor = {"last_step": known.last_step, "status": known.status, "rows": known.rows}
-                yield ServerSentEvent(event="cursor", data=cursor)
-                if first:
+                now = {"last_step": known.last_step, "status": known.status, "rows": known.rows}
+                if now != cursor:
+                    cursor = now
+                    yield ServerSentEvent(event="cursor", data=cursor)
+                if sent is None:
                     shown = diagnoser.latest(run)  # may be older than the one computed now, so it is not sent after it
                     sent = await run_in_threadpool(query.diagnosis, store, run)
                     yield ServerSentEvent(event="findings", data=sent)

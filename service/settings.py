@@ -16,7 +16,7 @@ SERVER: Final = ("clickhouse://", "clickhouses://")
 class Settings(BaseSettings):
     """Where the service listens, where it stores, and what it accepts. Read once at start and passed down."""
 
-    model_config = SettingsConfigDict(env_prefix="BRN_SERVICE_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="BRN_SERVICE_", frozen=True, extra="forbid", env_ignore_empty=True)
 
     store: str = Field(
         default="chdb://.brn/store",
@@ -71,6 +71,12 @@ class Settings(BaseSettings):
     def store_path(self) -> Path | None:
         """Directory of the embedded store; None where a server keeps the rows."""
         return Path(self.store.removeprefix(EMBEDDED)) if self.store.startswith(EMBEDDED) else None
+
+    @property
+    def store_shown(self) -> str:
+        """The store's address without user and password, for people to read."""
+        scheme, _, rest = self.store.partition("://")
+        return f"{scheme}://{rest.rpartition('@')[2]}"
 
     @property
     def is_loopback(self) -> bool:

@@ -12,13 +12,16 @@ every insert carries a token made of run, rank, seq and table.
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Final
@@ -33,7 +36,6 @@ from brn_core.wire import TABLES, RunCreate, RunStatus
 from service.diagnosis.finding import Diagnosis, Verdict
 from service.errors import CannotStart, StoreFull, Unavailable
 from service.memo import Memo
-from service.schemas import Run
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -119,6 +121,56 @@ def _create_statements() -> Iterator[str]:
     yield "CREATE TABLE IF NOT EXISTS store_version (version UInt32) ENGINE = MergeTree ORDER BY version"
 
 
+_RECORDS: Final = """
+    SELECT run_id, record, {layers}, status, created_at, changed_at, verdict
+    FROM (SELECT * FROM runs FINAL {where}) AS run
+    LEFT JOIN (SELECT run_id, verdict FROM verdicts FINAL {where}) AS verdict USING run_id
+    ORDER BY created_at DESC, run_id
+    """
+
+_EXTENTS: Final = """
+    SELECT run_id, count() AS batches, sum(layer_rows) AS layer_rows, max(rank) AS last_rank,
+           min(first_step) AS first_step, max(last_step) AS last_step, max(received_at) AS received_at
+    FROM batches {where} GROUP BY run_id
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """A run's record, and the verdict that was last computed (None before the first)."""
+
+    record: RunCreate
+    status: RunStatus
+    created_at: datetime
+    changed_at: datetime
+    verdict: Verdict | None
+
+    @classmethod
+    def of_row(cls, row: dict[str, Any]) -> StoredRun:
+        content = json.loads(row["record"])
+        if row["layers"]:
+            content |= json.loads(row["layers"])
+        verdict = Verdict.model_validate_json(row["verdict"]) if row["verdict"] else None
+        record = RunCreate.model_validate(content)
+        return cls(record, row["status"], row["created_at"], row["changed_at"], verdict)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How far the rows of a run reach, over all its tables; nothing stored: zero batches and no steps."""
+
+    batches: int = 0
+    layer_rows: int = 0
+    last_rank: int | None = None
+    first_step: int | None = None
+    last_step: int | None = None
+    received_at: datetime | None = None
+
+    @classmethod
+    def of_row(cls, row: dict[str, Any]) -> Extent:
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
+
+
 class Store:
     """The rows of all runs. Safe to use from many threads: one connection writes, a few others read.
 
@@ -131,7 +183,12 @@ class Store:
         self._readers: queue.LifoQueue[Client] = queue.LifoQueue()
         self._write_lock = threading.RLock()
         self._clients: list[Client] = []
-        self._changes: dict[str, int] = {}
+        self._record_changes: Counter[str] = Counter()
+        self._row_changes: Counter[str] = Counter()
+        # An embedded store has no other writer, so what was read of a run holds until this process changes it.
+        self._sole_writer = settings.store_path is not None
+        self._records: Memo[StoredRun | None] = Memo(size=256)
+        self._extents: Memo[Extent] = Memo(size=256)
         self.diagnoses: Memo[Diagnosis] = Memo(size=256)
         try:
             self._writer = self._connect(settings)
@@ -140,7 +197,7 @@ class Store:
                 self._readers.put(self._connect(settings))
         except (ClickHouseError, OSError) as error:
             self.close()
-            raise CannotStart(f"the store cannot be opened: {_first_line(error)}") from error
+            raise CannotStart(f"the store {settings.store_shown} cannot be opened: {_first_line(error)}") from error
         except CannotStart:
             self.close()
             raise
@@ -161,9 +218,41 @@ class Store:
         with self._reader() as client, _store_errors():
             return client.query_arrow(sql, parameters=parameters)
 
+    def record(self, run_id: str) -> StoredRun | None:
+        """What a run says of itself, and its last verdict; None where there is no such run."""
+
+        def read() -> StoredRun | None:
+            where = "WHERE run_id = {run:String}"
+            found = self.rows(_RECORDS.format(where=where, layers="layers"), run=run_id).to_pylist()
+            return StoredRun.of_row(found[0]) if found else None
+
+        if not self._sole_writer:
+            return read()
+        return self._records.get((run_id, self._record_changes[run_id]), read)
+
+    def records(self) -> list[StoredRun]:
+        """All runs, newest first, without their layers, which may be many."""
+        found = self.rows(_RECORDS.format(where="", layers="'' AS layers")).to_pylist()
+        return [StoredRun.of_row(row) for row in found]
+
+    def extent(self, run_id: str) -> Extent:
+        """How far a run's rows reach."""
+
+        def read() -> Extent:
+            found = self.rows(_EXTENTS.format(where="WHERE run_id = {run:String}"), run=run_id).to_pylist()
+            return Extent.of_row(found[0]) if found else Extent()
+
+        if not self._sole_writer:
+            return read()
+        return self._extents.get((run_id, self._row_changes[run_id]), read)
+
+    def extents(self) -> dict[str, Extent]:
+        """How far the rows of every run that has any reach."""
+        return {row["run_id"]: Extent.of_row(row) for row in self.rows(_EXTENTS.format(where="")).to_pylist()}
+
     def changes(self, run_id: str) -> int:
         """Counts what this process stored about a run: a number that differs from the last one means news."""
-        return self._changes.get(run_id, 0)
+        return self._record_changes[run_id] + self._row_changes[run_id]
 
     @contextmanager
     def _reader(self) -> Iterator[Client]:
@@ -192,17 +281,20 @@ class Store:
             "created_at": created_at,
             "changed_at": datetime.now(UTC),
         }
-        self._insert("runs", pa.Table.from_pylist([row], schema=_RUNS))
-        self._changed(record.id)
+        with self._write_lock:
+            self._insert("runs", pa.Table.from_pylist([row], schema=_RUNS))
+            self._record_changes[record.id] += 1
 
     def put_verdict(self, run_id: str, verdict: Verdict) -> None:
         """Stores the verdict that was just computed."""
         row = {"run_id": run_id, "version": time.time_ns(), "verdict": verdict.model_dump_json()}
-        self._insert("verdicts", pa.Table.from_pylist([row], schema=_VERDICTS))
+        with self._write_lock:
+            self._insert("verdicts", pa.Table.from_pylist([row], schema=_VERDICTS))
+            self._record_changes[run_id] += 1
 
-    def put_batch(self, run: Run, rank: int, seq: int, tables: Mapping[str, pa.Table]) -> None:
+    def put_batch(self, run: StoredRun, rank: int, seq: int, tables: Mapping[str, pa.Table]) -> None:
         """Stores one batch; when this returns it is on disk. The caller has made sure that it is not stored yet."""
-        run_id = run.id
+        run_id = run.record.id
         steps = [step for table in tables.values() for step in _ends(table)]
         done = {
             "run_id": run_id,
@@ -224,23 +316,20 @@ class Store:
                 rows = pa.Table.from_arrays([*own, *table.columns], schema=pa.schema([*_OWN, *table.schema]))
                 self._insert(name, rows, token=f"{key}/{name}")
             self._insert("batches", pa.Table.from_pylist([done], schema=_BATCHES), token=f"{key}/batches")
-        self._changed(run_id)
+            self._row_changes[run_id] += 1
 
     def delete_run(self, run_id: str) -> None:
         """Deletes a run and all its rows. The record goes first: without it nothing of the run can be seen or added."""
         with self._write_lock, _store_errors():
             for table in ("runs", "batches", "verdicts", *TABLES):
                 self._writer.command(f"DELETE FROM {table} WHERE run_id = {{run:String}}", parameters={"run": run_id})
-        self._changed(run_id)
+            self._record_changes[run_id] += 1
+            self._row_changes[run_id] += 1
 
     def _insert(self, table: str, rows: pa.Table, token: str | None = None) -> None:
         settings = None if token is None else {"insert_deduplication_token": token}
         with self._write_lock, _store_errors():
             self._writer.insert_arrow(table, rows, settings=settings)
-
-    def _changed(self, run_id: str) -> None:
-        with self._write_lock:
-            self._changes[run_id] = self._changes.get(run_id, 0) + 1
 
     # -------- opening
 

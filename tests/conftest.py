@@ -19,7 +19,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from service.app import create_app
+from dashboard.app import create_app
 from service.settings import Settings
 from service.store import Store
 
@@ -35,7 +35,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture(scope="session")
 def app(settings: Settings) -> FastAPI:
-    """The service's application; started by `client`."""
+    """The whole web application, as `brn-serve` has it: the service with the pages. `client` starts it."""
     return create_app(settings)
 
 
@@ -69,7 +69,8 @@ def serving(app: FastAPI) -> Iterator[str]:
     try:
         deadline = time.monotonic() + 30
         while not server.started:
-            assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
+            assert thread.is_alive(), "the server did not start"
+            assert time.monotonic() < deadline, "the server took too long to start"
             time.sleep(0.01)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:

@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from synthetic import create, layer_rows, run_record, scalar_rows, send, write_run
+
+from brn_core import wire
+from service import query
+from service.__main__ import serve
+from service.app import COOKIE, cookie_value, create_app
+from service.settings import Settings
+from service.store import Store
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def events(client: httpx.Client, run_id: str) -> Iterator[Iterator[tuple[str, Any]]]:
+    """The event stream of a run as (name, data) pairs."""
+
+    def parsed(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+        name = ""
+        for line in lines:
+            key, _, value = line.partition(": ")
+            if key == "event":
+                name = value
+            elif key == "data":
+                yield name, json.loads(value)
+
+    with client.stream("GET", f"/v1/runs/{run_id}/events") as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        yield parsed(response.iter_lines())
+
+
+# -------- runs
+
+
+def test_creating_a_run_twice_keeps_rows_and_takes_the_new_record(client: httpx.Client, run_id: str) -> None:
+    first = create(client, run_record(run_id, layers=1, name="old"))
+    send(client, run_id, {"layers": layer_rows([1], 1)})
+    client.patch(f"/v1/runs/{run_id}", json={"status": "failed"})
+    second = create(client, run_record(run_id, layers=2, name="new"))
+    assert (first.status_code, second.status_code) == (201, 200)
+    found = second.json()
+    assert (found["name"], len(found["layers"]), found["status"], found["rows"]) == ("new", 2, "running", 1)
+    assert found["created_at"] == first.json()["created_at"]
+
+
+def test_a_run_answers_what_it_was_created_with(client: httpx.Client, run_id: str) -> None:
+    schedule = wire.Schedule(bn_steps=1, r_steps=4, d_steps=3, r_max=3.0, d_max=5.0)
+    config = {"lr": 0.1, "deep": {"list": [1, None, "x"]}}
+    record = run_record(
+        run_id, 2, world_size=2, batch_size=32, planned_steps=9, schedule=schedule, config=config, tags=("a", "b")
+    )
+    create(client, record)
+    found = client.get(f"/v1/runs/{run_id}").json()
+    assert {name: found[name] for name in wire.RunCreate.model_fields} == record.model_dump(mode="json")
+    assert client.get(f"/v1/runs/{run_id}/layers").json()["layers"] == found["layers"]
+
+
+def test_layers_must_be_numbered_in_order(client: httpx.Client, run_id: str) -> None:
+    record = run_record(run_id, 2)
+    answer = create(client, record.model_copy(update={"layers": record.layers[::-1]}))
+    assert answer.status_code == 422
+    assert "layers[0] has index 1" in answer.json()["detail"]
+
+
+def test_only_what_is_given_changes(client: httpx.Client, run_id: str) -> None:
+    create(client, run_record(run_id, layers=2, name="old", tags=("a",)))
+    assert client.patch(f"/v1/runs/{run_id}", json={"tags": []}).json()["tags"] == []
+    found = client.patch(f"/v1/runs/{run_id}", json={"status": "finished"}).json()
+    assert (found["name"], found["tags"], found["status"], len(found["layers"])) == ("old", [], "finished", 2)
+
+
+def test_a_deleted_run_is_gone(client: httpx.Client, run_id: str) -> None:
+    write_run(client, run_id)
+    assert client.delete(f"/v1/runs/{run_id}").status_code == 204
+    assert client.get(f"/v1/runs/{run_id}").status_code == 404
+    assert client.delete(f"/v1/runs/{run_id}").status_code == 404
+    assert send(client, run_id, {"layers": layer_rows([1], 1)}).status_code == 404
+
+
+def test_the_list_leaves_layers_out(client: httpx.Client, run_id: str) -> None:
+    write_run(client, run_id, layers=2, steps=5)
+    (found,) = [run for run in client.get("/v1/runs").json()["runs"] if run["id"] == run_id]
+    assert "layers" not in found
+    assert (found["last_step"], found["rows"]) == (5, 10)
+
+
+# -------- queries
+
+
+def test_numbers_in_answers_follow_the_stated_rule(client: httpx.Client, run_id: str) -> None:
+    create(client, run_record(run_id, layers=2))
+    gap = [[float("nan"), 1], [float("inf"), 1], [float("-inf"), 1]]
+    send(client, run_id, {"layers": layer_rows([1, 2, 3], 2, gap=gap)})
+    send(client, run_id, {"layers": layer_rows([4], 1, gap=0.1)}, seq=2)
+    found = client.get(f"/v1/runs/{run_id}/heatmap", params={"stat": "gap"}).json()
+    assert found["values"] == [["NaN", "Infinity", "-Infinity", 0.1], [1, 1, 1, None]]
+
+
+def test_queries_take_their_parameters_from_the_address(client: httpx.Client, run_id: str) -> None:
+    write_run(client, run_id, layers=2, steps=50, ranks=2)
+    part = {"rank": 1, "from": 11, "to": 30, "points": 4}
+    series = client.get(f"/v1/runs/{run_id}/series", params={"stat": ["gap", "mu"], "layer": 1} | part).json()
+    assert (series["layer"], series["rank"], series["bucket_steps"]) == (1, 1, 10)
+    assert series["steps"] == [19, 29, 30]
+    assert list(series["series"]) == ["gap", "mu"]
+    heatmap = client.get(f"/v1/runs/{run_id}/heatmap", params={"stat": "gap"} | part).json()
+    assert heatmap["steps"] == [19, 29, 30]
+    scalars = client.get(f"/v1/runs/{run_id}/scalars", params={"name": "loss"} | part).json()
+    assert scalars["series"]["loss"]["steps"] == [19, 29, 30]
+
+
+def test_statistics_are_the_metrics_of_the_wire(client: httpx.Client) -> None:
+    found = client.get("/v1/statistics").json()["statistics"]
+    assert [entry["name"] for entry in found] == list(wire.METRIC)
+
+
+def test_findings_are_for_the_rows_stored_now(client: httpx.Client, run_id: str) -> None:
+    create(client, run_record(run_id, layers=1))
+    assert client.get(f"/v1/runs/{run_id}/findings").json()["verdict"]["code"] == "NO_DATA"
+    send(client, run_id, {"layers": layer_rows([1, 2], 1, nonfinite_channels=[[0], [3]])})
+    found = client.get(f"/v1/runs/{run_id}/findings").json()
+    assert (found["step"], found["verdict"]["code"]) == (2, "NH-NONFINITE")
+
+
+# -------- events
+
+
+def test_events_tell_the_cursor_and_the_findings_at_once_and_on_change(client: httpx.Client, run_id: str) -> None:
+    create(client, run_record(run_id, layers=1))
+    with events(client, run_id) as stream:
+        assert next(stream) == ("cursor", {"last_step": None, "status": "running", "rows": 0})
+        name, data = next(stream)
+        assert (name, data["verdict"]["code"]) == ("findings", "NO_DATA")
+        send(client, run_id, {"layers": layer_rows([1, 2], 1, nonfinite_channels=[[0], [3]])})
+        assert next(stream) == ("cursor", {"last_step": 2, "status": "running", "rows": 2})
+        name, data = next(stream)
+        assert (name, data["verdict"]["code"]) == ("findings", "NH-NONFINITE")
+        client.patch(f"/v1/runs/{run_id}", json={"status": "failed"})
+        assert next(stream) == ("cursor", {"last_step": 2, "status": "failed", "rows": 2})
+
+
+def test_events_end_when_the_run_is_deleted(client: httpx.Client, run_id: str) -> None:
+    create(client, run_record(run_id))
+    with events(client, run_id) as stream:
+        next(stream)
+        client.delete(f"/v1/runs/{run_id}")
+        assert "cursor" not in [name for name, _ in stream]
+
+
+def test_events_of_an_unknown_run_are_a_404(client: httpx.Client) -> None:
+    answer = client.get("/v1/runs/nope/events")
+    assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_the_verdict_reaches_the_sender_and_the_list_without_anyone_asking(
+    client: httpx.Client, store: Store, run_id: str
+) -> None:
+    create(client, run_record(run_id, layers=1))
+    send(client, run_id, {"layers": layer_rows([1, 2], 1, nonfinite_channels=[[0], [3]])})
+    deadline = time.monotonic() + 20
+    while query.run(store, run_id).verdict.code != "NH-NONFINITE":
+        assert time.monotonic() < deadline, query.run(store, run_id).verdict
+        time.sleep(0.01)
+    answer = send(client, run_id, {"scalars": scalar_rows({"loss": [(3, 1.0)]})}, seq=2).json()
+    assert answer["verdict"]["code"] == "NH-NONFINITE"
+
+
+# -------- errors
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/runs/nope", 404),
+        ("GET", "/v1/runs/nope/series?stat=gap", 404),
+        ("GET", "/v1/runs/{run}/series", 422),
+        ("GET", "/v1/runs/{run}/series?stat=nope", 422),
+        ("GET", "/v1/runs/{run}/series?stat=gap&layer=77", 422),
+        ("GET", "/v1/runs/{run}/series?stat=gap&points=0", 422),
+        ("GET", "/v1/runs/{run}/series?stat=gap&from=9&to=1", 422),
+        ("GET", "/v1/runs/{run}/series?stat=gap&to=99999999999999999999", 422),
+        ("GET", "/v1/runs/{run}/heatmap?stat=gap&rank=99999999999", 422),
+        ("GET", "/v1/runs/{run}/scalars?name=nope", 422),
+        ("POST", "/v1/runs/{run}/batches", 422),
+        ("POST", "/v1/runs", 422),
+        ("PATCH", "/v1/runs/nope", 422),
+        ("PUT", "/v1/runs", 405),
+        ("GET", "/v1/nope", 404),
+    ],
+)
+def test_every_error_is_a_problem_with_a_detail(
+    client: httpx.Client, run_id: str, method: str, path: str, status: int
+) -> None:
+    create(client, run_record(run_id))
+    answer = client.request(method, path.replace("{run}", run_id))
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["status"] == status
+    assert problem["detail"]
+
+
+def test_an_unexpected_error_is_logged_and_tells_the_client_nothing(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(store: Store) -> list[Any]:
+        raise RuntimeError("a secret detail")
+
+    monkeypatch.setattr(query, "runs", fail)
+    answer = client.get("/v1/runs")
+    assert answer.status_code == 500
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert "secret" not in answer.text
+    assert "a secret detail" in caplog.text
+
+
+# -------- token
+
+
+@pytest.fixture
+def guarded(app: FastAPI, client: httpx.Client, settings: Settings) -> Iterator[httpx.Client]:
+    """The service with a token, for the time of one test."""
+    app.state.settings = Settings(**settings.model_dump() | {"token": "correct horse"})
+    yield client
+    app.state.settings = settings
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer wrong", "Basic correct horse", "Bearer córrect horse"])
+def test_without_the_token_nothing_below_v1_answers(guarded: httpx.Client, header: str | None) -> None:
+    headers = {} if header is None else {"authorization": header.encode()}
+    for method, path in (
+        ("GET", "/v1/runs"),
+        ("GET", "/v1/statistics"),
+        ("DELETE", "/v1/runs/x"),
+        ("POST", "/v1/runs"),
+    ):
+        answer = guarded.request(method, path, headers=headers)
+        assert answer.status_code == 401, path
+        assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_the_token_or_the_cookie_made_from_it_opens(guarded: httpx.Client) -> None:
+    assert guarded.get("/v1/runs", headers={"authorization": "Bearer correct horse"}).status_code == 200
+    cookie = f"{COOKIE}={cookie_value('correct horse')}"
+    assert guarded.get("/v1/runs", headers={"cookie": cookie}).status_code == 200
+    assert guarded.get("/v1/runs", headers={"cookie": f"{COOKIE}=correct horse"}).status_code == 401
+
+
+def test_probes_of_the_process_need_no_token(guarded: httpx.Client) -> None:
+    assert guarded.get("/healthz").json()["status"] == "ok"
+    assert guarded.get("/readyz").json()["status"] == "ok"
+
+
+# -------- documents
+
+
+def test_the_documented_routes_are_the_routes_there_are(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    served = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert set(re.findall(r"^### `([A-Z]+ /\S+)`$", text, re.MULTILINE)) == served
+
+
+def test_every_documented_route_has_a_line_to_paste() -> None:
+    text = (ROOT / "docs" / "api.md").read_text().partition("## Settings")[0]
+    for section in text.split("\n### ")[1:]:
+        assert "```sh\ncurl -s" in section, section.splitlines()[0]
+
+
+def test_openapi_describes_every_route_and_its_errors(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for method, route in methods.items():
+            assert route["summary"], (method, path)
+            assert route["tags"], (method, path)
+            for status, answer in route["responses"].items():
+                if status >= "400":
+                    assert answer["content"].keys() == {"application/problem+json"}, (method, path, status)
+            if "{run}" in path:
+                assert "404" in route["responses"], (method, path)
+
+
+# -------- process
+
+
+@contextmanager
+def process(tmp_path: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "service", "--port", "0", "--store", f"chdb://{tmp_path}/store", *arguments]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_the_process_stops_within_seconds_though_a_stream_is_open(tmp_path: Path, by: signal.Signals) -> None:
+    with process(tmp_path) as started:
+        assert started.stdout is not None
+        url = started.stdout.readline().split()[2]
+        with httpx.Client(base_url=url, timeout=30) as client:
+            create(client, run_record("a"))
+            with events(client, "a") as stream:
+                next(stream)
+                started.send_signal(by)
+                began = time.monotonic()
+                assert len(list(stream)) <= 2  # ends, and without an error
+        assert started.wait(10) == 0
+        assert time.monotonic() - began < 10
+        assert started.stderr is not None
+        assert started.stderr.read() == ""
+
+
+def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The line that a start that cannot succeed ends with."""
+    assert serve(create_app, ["--store", "chdb:///nowhere/at/all", *arguments], prog="brn") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    return err
+
+
+def test_a_taken_port_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"brn: port {port} on 127.0.0.1 is taken" in one_line(capsys, "--port", str(port))
+
+
+def test_a_locked_store_is_one_line(capsys: pytest.CaptureFixture[str], settings: Settings, store: Store) -> None:
+    line = one_line(capsys, "--port", "0", "--store", settings.store)
+    assert f"in use by process {os.getpid()}" in line
+
+
+def test_listening_beyond_this_machine_wants_a_token(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "refusing to listen on 0.0.0.0 without a token" in one_line(capsys, "--host", "0.0.0.0")
+
+
+def test_a_wrong_setting_is_one_line_with_its_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "BRN_SERVICE_PORT (or --port): " in one_line(capsys, "--port", "x")
+    monkeypatch.setenv("BRN_SERVICE_READERS", "0")
+    assert "BRN_SERVICE_READERS: " in one_line(capsys)
