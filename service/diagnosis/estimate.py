@@ -45,7 +45,7 @@ class Ratio:
         return math.log(self.value) * self.value / max(self.standard_error, 1e-12 * self.value)
 
 
-def ratio_of_means(g_T: Floats, h_T: Floats, seen_T: Bools, order: int) -> Ratio | None:
+def ratio_of_means(g_T: Floats, h_T: Floats, seen_T: Bools, order: int, *, least: int = MIN_STEPS) -> Ratio | None:
     """The ratio and its standard error by the delta method, from the series e_t = g_t - ratio * h_t itself.
 
     Differences of order p make e_t and e_t+p dependent, so the variance adds twice the autocovariances up to lag
@@ -56,13 +56,14 @@ def ratio_of_means(g_T: Floats, h_T: Floats, seen_T: Bools, order: int) -> Ratio
         h_T: denominator of each step, 0 where unseen.
         seen_T: which steps count.
         order: order of the differences g is made of.
+        least: steps below which no ratio is given.
 
     Returns:
-        None with fewer than `MIN_STEPS` steps or without any noise in the denominator.
+        None with fewer than `least` steps or without any noise in the denominator.
     """
     n = int(seen_T.sum())
     total = float(h_T.sum())
-    if n < MIN_STEPS or not total > 0:
+    if n < least or not total > 0:
         return None
     value = float(g_T.sum()) / total
     e_T = np.where(seen_T, g_T - value * h_T, 0.0)

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 
-from service.diagnosis.estimate import MIN_STEPS, Ratio, look_rows, ratio_of_means, twice_in_a_row
+from service.diagnosis.estimate import MIN_STEPS, Ratio, look_rows, ratio_of_means
 from service.diagnosis.finding import Evidence, Finding, Remedy
 from service.diagnosis.outcome import Outcome, query
+from service.diagnosis.ranks import SKEW_WARNING
 from service.diagnosis.window import Bools, Floats, Window
 
 SHARE_ROWS = 400
-RANK_EFFECT = 0.2
 CLIP_EXCESS = 0.05
 RESIDUAL_SHARE = 0.02
 CLIP_ROWS = 50
@@ -68,7 +69,7 @@ def shares(window: Window, rank_effect: float | None) -> Shares | None:
     """The parts of the first layer's gap over the newest rows; None with too few rows.
 
     sampling = min(fast, V) for mean and scale, clustered = the excess of both, slow = the rest, which is called rank
-    where the probe shows a persistent rank effect of at least `RANK_EFFECT`. Where F's interval reaches 1 the excess
+    where the probe shows a persistent rank effect of at least `SKEW_WARNING`. Where F's interval reaches 1 the excess
     is counted as sampling.
     """
     if not window.layers:
@@ -93,7 +94,7 @@ def shares(window: Window, rank_effect: float | None) -> Shares | None:
     total = sampling + excess + slow
     if not total > 0:
         return None
-    skewed = rank_effect is not None and rank_effect >= RANK_EFFECT
+    skewed = rank_effect is not None and rank_effect >= SKEW_WARNING
     parts: dict[Part, float] = {
         "sampling": sampling / total,
         "clustered": excess / total,
@@ -110,6 +111,7 @@ def _worst(gap_TKL: Floats) -> float:
     return float(mean_L.max(initial=0.0))
 
 
+@lru_cache(maxsize=4096)
 def null_clip_rate(samples: int, r_max: float, d_max: float) -> float:
     """Share of channels that i.i.d. normal batches of `samples` clip once sigma has settled.
 
@@ -144,33 +146,21 @@ def _chi_squared_cdf(x: float, degrees: int) -> float:
 
 def clip(window: Window) -> Outcome:
     """NH-CLIP: do the limits, now final, still leave a part of the gap uncorrected?"""
-    renorm = [i for i, layer in enumerate(window.layers) if layer.kind == "BatchRenorm"]
     rows = window.rows
-    if not renorm or not len(rows.steps_T):
+    renorm_L = np.array([layer.kind == "BatchRenorm" for layer in window.layers], np.bool_)
+    looks = [row for row in look_rows(rows.steps_T, CLIP_ROWS) if row + 1 >= CLIP_ROWS]
+    if not renorm_L.any() or not looks:
         return Outcome()
     final_TKL = _limits_are_final(window)
-    looks = [row for row in look_rows(rows.steps_T, CLIP_ROWS) if row + 1 >= CLIP_ROWS]
-    found: list[tuple[float, int, int, int, float, float, float]] = []
-    for i in renorm:
-        fired: list[bool] = []
-        figures: list[tuple[float, float, float]] = []
-        for row in looks:
-            at = slice(row + 1 - CLIP_ROWS, row + 1)
-            figure = _clip_figures(window, final_TKL[at, :, i], at, i)
-            figures.append(figure or (0.0, 0.0, 0.0))
-            fired.append(figure is not None and (figure[0] > figure[1] + CLIP_EXCESS or figure[2] > RESIDUAL_SHARE))
-        hits = twice_in_a_row(fired)
-        if hits and hits[-1] == len(looks) - 1:
-            begin = hits[-1]
-            while begin - 1 in hits:
-                begin -= 1
-            rate, null, left = figures[-1]
-            found.append(
-                (max(left / RESIDUAL_SHARE, (rate - null) / CLIP_EXCESS), -i, looks[begin], looks[-1], rate, null, left)
-            )
-    if not found:
+    clipped = [_clipped(window, final_TKL, slice(row + 1 - CLIP_ROWS, row + 1)) for row in looks]
+    fired_JL = np.array([c.fired() & renorm_L for c in clipped])
+    lasting_JL = fired_JL[1:] & fired_JL[:-1]  # two looks in a row
+    if not len(lasting_JL) or not lasting_JL[-1].any():
         return Outcome()
-    return Outcome((_clip_finding(window, sorted(found, reverse=True)),))
+    # The unbroken stretch up to now began after the last look pair, of any layer, that was quiet.
+    quiet = np.flatnonzero(~lasting_JL.any(1))
+    first = int(rows.steps_T[looks[int(quiet[-1]) + 2 if len(quiet) else 1]])
+    return Outcome((_clip_finding(window, clipped[-1], lasting_JL[-1], (first, int(rows.steps_T[looks[-1]]))),))
 
 
 def _limits_are_final(window: Window) -> Bools:
@@ -185,35 +175,52 @@ def _limits_are_final(window: Window) -> Bools:
     return final_TKL
 
 
-def _clip_figures(window: Window, final_TK: Bools, at: slice, layer: int) -> tuple[float, float, float] | None:
-    """Clip rate, its null, and the share of the gap left; None where fewer than `MIN_STEPS` steps are at the limits."""
-    column = {name: c[at, :, layer] for name, c in window.rows.columns.items()}
+@dataclass(frozen=True, slots=True)
+class _Clipped:
+    """Means over 50 rows at final limits, per layer: clip rate, its null, share of the gap left; the limits."""
+
+    rate_L: Floats
+    null_L: Floats
+    left_L: Floats
+    r_max_L: Floats
+    d_max_L: Floats
+
+    def fired(self) -> Bools:
+        return np.asarray((self.rate_L > self.null_L + CLIP_EXCESS) | (self.left_L > RESIDUAL_SHARE), np.bool_)
+
+
+def _clipped(window: Window, final_TKL: Bools, at: slice) -> _Clipped:
+    """Layers with fewer than `MIN_STEPS` steps at their final limits get NaN, which fires nothing."""
     names = ("samples", "clip_r", "clip_d", "residual", "gap", "r_max", "d_max")
-    seen_TK = final_TK & np.logical_and.reduce([np.isfinite(column[name]) for name in names])
-    if seen_TK.any(1).sum() < MIN_STEPS:
-        return None
-    mean = {name: float(column[name][seen_TK].mean()) for name in names}
-    samples = int(np.median(column["samples"][seen_TK]))
-    rate = max(mean["clip_r"], mean["clip_d"])
-    left = mean["residual"] / mean["gap"] if mean["gap"] > 0 else 0.0
-    return rate, null_clip_rate(samples, mean["r_max"], max(mean["d_max"], 0.0)), left
+    column = {name: window.rows.columns[name][at] for name in names}
+    seen_TKL = final_TKL[at] & np.isfinite(sum(column.values()))
+    enough_L = seen_TKL.any(1).sum(0) >= MIN_STEPS
+    n_L = np.where(enough_L, seen_TKL.sum((0, 1)), np.nan)
+    mean = {name: np.where(seen_TKL, values, 0.0).sum((0, 1)) / n_L for name, values in column.items()}
+    null_L = [
+        null_clip_rate(round(n), round(r_max, 6), round(d_max, 6)) if np.isfinite(n) else math.nan
+        for n, r_max, d_max in zip(mean["samples"], mean["r_max"], mean["d_max"], strict=True)
+    ]
+    left_L = np.divide(mean["residual"], mean["gap"], out=np.zeros_like(mean["gap"]), where=mean["gap"] > 0)
+    rate_L = np.maximum(mean["clip_r"], mean["clip_d"])
+    return _Clipped(rate_L, np.array(null_L), left_L, mean["r_max"], mean["d_max"])
 
 
-def _clip_finding(window: Window, found: list[tuple[float, int, int, int, float, float, float]]) -> Finding:
-    _, minus_i, _, last, rate, null, left = found[0]
-    worst = window.layers[-minus_i]
-    layers = tuple(window.layers[-entry[1]] for entry in found)
-    more = f" (worst of {len(layers)} layers)" if len(layers) > 1 else ""
+def _clip_finding(window: Window, now: _Clipped, lasting_L: Bools, steps: tuple[int, int]) -> Finding:
+    excess_L = np.fmax((now.rate_L - now.null_L) / CLIP_EXCESS, now.left_L / RESIDUAL_SHARE)
+    worst_first = [int(i) for i in np.argsort(-excess_L, kind="stable") if lasting_L[i]]
+    i = worst_first[0]
+    worst = window.layers[i]
+    rate, null, left = float(now.rate_L[i]), float(now.null_L[i]), float(now.left_L[i])
+    r_max, d_max = float(now.r_max_L[i]), float(now.d_max_L[i])
+    more = f" (worst of {len(worst_first)} layers)" if len(worst_first) > 1 else ""
     by_residual = left > RESIDUAL_SHARE
-    at = slice(max(0, last + 1 - CLIP_ROWS), last + 1)
-    r_max = float(np.nanmax(window.rows.columns["r_max"][at, :, -minus_i]))
-    d_max = float(np.nanmax(window.rows.columns["d_max"][at, :, -minus_i]))
     return Finding(
         code="NH-CLIP",
         severity="warning",
         summary=(
-            f"At its final limits r_max = {r_max:g}, d_max = {d_max:g} layer {worst.name} still clips {rate:.1%} of "
-            f"its channels (independent batches: {null:.1%}), which leaves {left:.1%} of the train-inference gap{more}."
+            f"At its final limits r_max = {r_max:.3g}, d_max = {d_max:.3g} layer {worst.name} still clips {rate:.1%} "
+            f"of its channels (independent batches: {null:.1%}), which leaves {left:.1%} of the gap{more}."
         ),
         evidence=Evidence(
             statistic="residual / gap, share that clipping leaves" if by_residual else "share of channels clipped",
@@ -223,13 +230,13 @@ def _clip_finding(window: Window, found: list[tuple[float, int, int, int, float,
             query=query(window.run, "series", stat=("clip_r", "clip_d", "residual", "gap"), layer=worst.index),
         ),
         remedy=_clip_remedy(window, r_max, d_max),
-        layers=tuple(layer.name for layer in layers),
-        steps=(min(int(window.rows.steps_T[entry[2]]) for entry in found), int(window.rows.steps_T[last])),
+        layers=tuple(window.layers[at].name for at in worst_first),
+        steps=steps,
     )
 
 
 def _clip_remedy(window: Window, r_max: float, d_max: float) -> Remedy:
-    if r_max < 3 or d_max < 5:
+    if r_max < 2.999 or d_max < 4.999:
         return Remedy(
             text="Open the limits further, to the paper's 3 and 5, once the moving statistics have settled.",
             code=(

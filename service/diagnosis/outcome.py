@@ -18,6 +18,7 @@ class Abstention:
         more_steps: training steps after which it could judge; None where waiting does not help.
         advice: what the user can do; None where waiting is all.
         ranks: global ranks concerned.
+        partial: whether it judged all the same, on the rows it had.
     """
 
     code: str
@@ -25,6 +26,7 @@ class Abstention:
     more_steps: int | None = None
     advice: str | None = None
     ranks: tuple[int, ...] = ()
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from itertools import chain
 
-from service.diagnosis import harm, layers, nonfinite, stream
+from service.diagnosis import harm, layers, nonfinite, order, ranks, stream
 from service.diagnosis.finding import SEVERITIES, Diagnosis, Finding, Remedy, Verdict
 from service.diagnosis.outcome import Abstention, Outcome, count
 from service.diagnosis.window import Window
 
-CAUSES = ("NH-NONFINITE", "NH-CLUSTER", "NH-CLIP")
+CAUSES = ("NH-NONFINITE", "NH-RANKDUP", "NH-PAIRED", "NH-CLUSTER", "NH-RANKSKEW", "NH-ORDER", "NH-CLIP")
 """Codes that name a cause, the one to put right first first."""
 CONSEQUENCE = "NH-GAP"
 JUDGES = ("NH-CLUSTER", "NH-GAP")
@@ -56,10 +56,15 @@ def _outcomes(window: Window) -> tuple[Outcome, ...]:
     data = stream.stream(window.probe, window.world_size)
     shadow = harm.shadow(window)
     loss_gap = shadow.loss_gap if isinstance(shadow, harm.Shadow) and shadow.harmful else None
+    skewed, rank_effect = ranks.skew(window, data)
     return (
         nonfinite.nonfinite(window, data),
         stream.cluster(window, data, loss_gap),
-        harm.gap(window, shadow, None),
+        order.paired(window, data),
+        order.order(window, data),
+        skewed,
+        ranks.duplicates(window, data),
+        harm.gap(window, shadow, rank_effect),
         layers.clip(window),
     )
 
@@ -83,7 +88,7 @@ def _neutral(window: Window, outcomes: tuple[Outcome, ...], abstained: tuple[Abs
         )
     if not clear:
         return None
-    missing = [a.code for a in abstained if a.code in JUDGES]
+    missing = [a.code for a in abstained if a.code in JUDGES and not a.partial]
     unknown = f" Not judged: {', '.join(dict.fromkeys(missing))}." if missing else ""
     return Finding(
         code="HEALTHY",
@@ -107,7 +112,7 @@ def _withheld(window: Window, abstention: Abstention) -> Finding:
     return Finding(
         code="NH-WITHHELD",
         severity="info",
-        summary=f"{abstention.code} is withheld or limited: {abstention.reason}{wait}.",
+        summary=f"{abstention.code} is {'limited' if abstention.partial else 'withheld'}: {abstention.reason}{wait}.",
         evidence=None,
         remedy=Remedy(text=abstention.advice) if abstention.advice else None,
         ranks=abstention.ranks,

@@ -45,14 +45,34 @@ _CONSTANT = 1e-6  # relative to the mean: below, a feature's fluctuation is floa
 
 
 @dataclass(frozen=True, slots=True)
+class Pooled:
+    """A quantity of ranks, and its sum over them (nearly always all ranks are there, and the sum is at hand)."""
+
+    each_TKF: Floats
+    all_TF: Floats
+
+    @classmethod
+    def of(cls, each_TKF: Floats) -> Pooled:
+        return cls(each_TKF, each_TKF.sum(1))
+
+    def over(self, begin: int, end: int, ranks_K: Bools) -> Floats:
+        """(rows, F) sum over some ranks."""
+        return self.all_TF[begin:end] if ranks_K.all() else self.each_TKF[begin:end, ranks_K].sum(1)
+
+
+@dataclass(frozen=True, slots=True)
 class Stream:
-    """Successive differences of the probe means.
+    """The probe's rows that can be judged, and successive differences of its means.
 
     Attributes:
         steps_T: recorded steps up to the newest that every rank still sending has reached.
         samples: median batch size of a rank.
-        fast_TKF: (mean_t - mean_t-1)² / 2, 0 where unseen.
-        noise_TKF: (var_t / N_t + var_t-1 / N_t-1) / 2, what i.i.d. batches would give on average; 0 where unseen.
+        good_TK: whether the row is there, finite, and of two samples or more.
+        mean_TKF: mean of each feature over the batch, 0 where not good.
+        noise: s²_y / N, the variance of that mean for i.i.d. batches; 0 where not good or constant.
+        neighbour: the same from neighbouring samples; equal on average where the order within a batch is random.
+        fast: (mean_t - mean_t-1)² / 2, 0 where unseen.
+        pair_noise: (noise_t + noise_t-1) / 2, what i.i.d. batches would give on average; 0 where unseen.
         seen_TK: whether both rows of the difference are there.
         silent: ranks that have stopped (or never begun) sending the probe.
         spoiled_first: rank -> first step with non-finite probe values; such rows are left out.
@@ -61,8 +81,12 @@ class Stream:
 
     steps_T: Ints
     samples: int
-    fast_TKF: Floats
-    noise_TKF: Floats
+    good_TK: Bools
+    mean_TKF: Floats
+    noise: Pooled
+    neighbour: Pooled
+    fast: Pooled
+    pair_noise: Pooled
     seen_TK: Bools
     silent: tuple[int, ...]
     spoiled_first: dict[int, int]
@@ -103,6 +127,7 @@ def stream(probe: ProbeRows, world_size: int) -> Stream:
     samples_TK = np.where(good_TK, probe.samples_TK[:end], 1.0)
     mean_TKF = np.where(good_TK[..., None], probe.mean_TKF[:end], 0.0)
     noise_TKF = np.where(good_TK[..., None], probe.var_TKF[:end], 0.0) / samples_TK[..., None]
+    neighbour_TKF = np.where(good_TK[..., None], probe.adjacency_TKF[:end], 0.0) / samples_TK[..., None]
     seen_TK = np.zeros_like(good_TK)
     if end > 1:
         near_T = np.diff(steps_T) <= 2 * spacing(steps_T)
@@ -121,8 +146,12 @@ def stream(probe: ProbeRows, world_size: int) -> Stream:
     return Stream(
         steps_T=steps_T,
         samples=int(np.median(samples_TK[good_TK])) if good_TK.any() else 0,
-        fast_TKF=np.where(keep_TKF, fast_TKF, 0.0),
-        noise_TKF=np.where(keep_TKF, pair_TKF, 0.0),
+        good_TK=good_TK,
+        mean_TKF=mean_TKF,
+        noise=Pooled.of(np.where(moves_KF, noise_TKF, 0.0)),
+        neighbour=Pooled.of(np.where(moves_KF, neighbour_TKF, 0.0)),
+        fast=Pooled.of(np.where(keep_TKF, fast_TKF, 0.0)),
+        pair_noise=Pooled.of(np.where(keep_TKF, pair_TKF, 0.0)),
         seen_TK=seen_TK,
         silent=silent,
         spoiled_first={
@@ -140,13 +169,13 @@ def cluster_ratio(stream: Stream, begin: int, end: int, *, max_gap_share: float 
     `max_gap_share` of the rows missing are left out.
     """
     seen_TK = stream.seen_TK[begin:end]
-    full_K = seen_TK.sum(0) >= (1 - max_gap_share) * (end - begin)
+    full_K = full_ranks(seen_TK, max_gap_share=max_gap_share)
     if not full_K.any():
         return None
     seen_T = np.asarray(seen_TK[:, full_K].any(1), np.bool_)
-    fast_TF = stream.fast_TKF[begin:end, full_K].sum(1)
-    noise_TF = stream.noise_TKF[begin:end, full_K].sum(1)
-    weight_F = _weights(noise_TF.sum(0))
+    fast_TF = stream.fast.over(begin, end, full_K)
+    noise_TF = stream.pair_noise.over(begin, end, full_K)
+    weight_F = inverse(noise_TF.sum(0))
     return ratio_of_means(fast_TF @ weight_F, noise_TF @ weight_F, seen_T, order=1)
 
 
@@ -155,8 +184,14 @@ def effective_samples(samples: int, ratio: float) -> float:
     return 1 + (samples - 1) / ratio if ratio > 1 else float(samples)
 
 
-def _weights(noise_F: Floats) -> Floats:
-    return np.divide(1.0, noise_F, out=np.zeros_like(noise_F), where=noise_F > 0)
+def inverse(noise: Floats) -> Floats:
+    """1 / noise, and 0 for a feature without noise (constant, or unseen): it carries nothing."""
+    return np.divide(1.0, noise, out=np.zeros_like(noise), where=noise > 0)
+
+
+def full_ranks(good_TK: Bools, *, max_gap_share: float = MAX_GAP_SHARE) -> Bools:
+    """(K,) which ranks have all but `max_gap_share` of these rows."""
+    return np.asarray(good_TK.sum(0) >= (1 - max_gap_share) * len(good_TK), np.bool_)
 
 
 def slow_lane(stream: Stream) -> tuple[Span | None, bool]:
@@ -165,10 +200,10 @@ def slow_lane(stream: Stream) -> tuple[Span | None, bool]:
     Returns:
         The span seen, if any, and whether two windows in a row could be judged at all.
     """
-    rows = look_rows(stream.steps_T)
     span: Span | None = None
     judged = False
     for width, threshold in WINDOWS:
+        rows = look_rows(stream.steps_T, max(LOOK_ROWS, width // 4))
         looks = [
             cluster_ratio(stream, max(0, row + 1 - width), row + 1) if row + 1 >= 0.95 * width else None for row in rows
         ]
@@ -195,10 +230,10 @@ def fast_lane(stream: Stream) -> Span | None:
     blocks_B = np.flatnonzero(same_T & stream.seen_TK.any(1))
     if len(blocks_B) <= E_WARMUP_BLOCKS:
         return None
-    fast_BF = stream.fast_TKF[blocks_B].sum(1)
-    noise_BF = stream.noise_TKF[blocks_B].sum(1)
+    fast_BF = stream.fast.all_TF[blocks_B]
+    noise_BF = stream.pair_noise.all_TF[blocks_B]
     past_BF = np.cumsum(noise_BF, 0) - noise_BF
-    weight_BF = _weights(past_BF)
+    weight_BF = inverse(past_BF)
     g_B = (fast_BF * weight_BF).sum(1)
     h_B = E_MARGIN * (noise_BF * weight_BF).sum(1)
     u_B = np.divide(g_B - h_B, g_B + h_B, out=np.zeros_like(g_B), where=g_B + h_B > 0)
@@ -358,8 +393,8 @@ def _withheld(window: Window, stream: Stream) -> tuple[Abstention, ...]:
         )
     elif (
         stream.samples > 0
-        and not stream.noise_TKF.any()
-        and not stream.fast_TKF.any()
+        and not stream.pair_noise.all_TF.any()
+        and not stream.fast.all_TF.any()
         and stream.seen_TK.sum() >= MIN_STEPS
     ):
         reasons.append(Abstention("NH-CLUSTER", "every probe feature is constant: the input does not vary"))
@@ -371,6 +406,7 @@ def _withheld(window: Window, stream: Stream) -> tuple[Abstention, ...]:
                 "held NaN or infinite values and did not count",
                 advice="Check the input: `assert torch.isfinite(x).all()`.",
                 ranks=stream.spoiled,
+                partial=True,
             )
         )
     if stream.silent and stream.samples > 0:
@@ -381,6 +417,7 @@ def _withheld(window: Window, stream: Stream) -> tuple[Abstention, ...]:
                 "the other ranks alone were judged",
                 advice="Check that every rank makes a Recorder with the same run id.",
                 ranks=stream.silent,
+                partial=True,
             )
         )
     return tuple(reasons)

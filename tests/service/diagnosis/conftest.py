@@ -100,6 +100,52 @@ class Streams:
         one, clean = _few(rng, steps, 1, n, 1), rng.integers(LABELS, size=(steps, 1, n))
         return World.make(rng).observe(np.where(rng.random((steps, 1, n)) < share, one, clean), rng)
 
+    def paired(self, seed: int, *, steps: int = 600, n: int = 32) -> ProbeRows:
+        """n/2 labels drawn at random, two samples of each side by side."""
+        rng = np.random.default_rng(seed)
+        labels = np.repeat(rng.integers(LABELS, size=(steps, 1, n // 2)), 2, axis=2)
+        return World.make(rng).observe(labels, rng)
+
+    def copies(self, seed: int, *, steps: int = 600, n: int = 32, times: int = 4) -> ProbeRows:
+        """Each sample `times` times in a row."""
+        rng = np.random.default_rng(seed)
+        world = World.make(rng)
+        labels = rng.integers(LABELS, size=(steps, 1, n // times))
+        x = (world.centres_LD[labels] + rng.normal(size=(*labels.shape, INPUTS))) @ world.mixing_DD
+        return world.project(np.repeat(x, times, axis=2))
+
+    def sorted_labels(self, seed: int, *, steps: int = 600, n: int = 32) -> ProbeRows:
+        """One label after the other, once through the data set."""
+        rng = np.random.default_rng(seed)
+        labels = (np.arange(steps * n) * LABELS // (steps * n)).reshape(steps, 1, n)
+        return World.make(rng).observe(labels, rng)
+
+    def shuffle_buffer(self, seed: int, *, steps: int = 600, n: int = 32, buffer: int = 1024) -> ProbeRows:
+        """Data sorted by label, read through a buffer from which samples are drawn at random."""
+        rng = np.random.default_rng(seed)
+        total = steps * n
+        source = np.arange(total + buffer) * LABELS // (total + buffer)
+        held, out = source[:buffer].copy(), np.empty(total, np.int64)
+        for i, at in enumerate(rng.integers(buffer, size=total)):
+            out[i], held[at] = held[at], source[buffer + i]
+        return World.make(rng).observe(out.reshape(steps, 1, n), rng)
+
+    def skewed_ranks(self, seed: int, *, own: float = 0.8, steps: int = 600, ranks: int = 4, n: int = 8) -> ProbeRows:
+        """`own` of each rank's samples have one of its own labels, the rest any."""
+        rng = np.random.default_rng(seed)
+        mine = rng.permutation(LABELS)[: 2 * ranks].reshape(ranks, 2)
+        pick = rng.integers(2, size=(steps, ranks, n))
+        owned = mine[np.arange(ranks)[None, :, None], pick]
+        any_label = rng.integers(LABELS, size=(steps, ranks, n))
+        return World.make(rng).observe(np.where(rng.random(owned.shape) < own, owned, any_label), rng)
+
+    def equal_ranks(self, seed: int, *, steps: int = 600, ranks: int = 3, n: int = 16) -> ProbeRows:
+        """Ranks 0 and 1 see the same batches, the others their own."""
+        rows = self.iid(seed, steps=steps, ranks=ranks, n=n)
+        for values in (rows.mean_TKF, rows.var_TKF, rows.adjacency_TKF):
+            values[:, 1] = values[:, 0]
+        return rows
+
     def drifting(self, seed: int, *, per_step: float = 0.02, steps: int = 600, n: int = 32) -> ProbeRows:
         """i.i.d. batches of a population whose mean moves by `per_step` of a feature's deviation each step."""
         rows = self.iid(seed, steps=steps, n=n)

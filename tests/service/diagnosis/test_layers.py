@@ -48,7 +48,7 @@ def renorm(make_window: MakeWindow, given: dict[str, np.ndarray[Any, Any]], **mo
 @pytest.mark.parametrize("n", [2, 3, 4, 8, 32])
 @pytest.mark.parametrize(("r_max", "d_max"), [(3.0, 5.0), (1.5, 0.5)])
 def test_the_null_clip_rate_is_that_of_simulated_normal_batches(n: int, r_max: float, d_max: float) -> None:
-    x = np.random.default_rng(n).normal(size=(400_000, n))
+    x = np.random.default_rng(n).normal(size=(100_000, n))
     sigma_b = x.std(1)
     sigma = sigma_b.mean()
     r, d = sigma_b / sigma, x.mean(1) / sigma

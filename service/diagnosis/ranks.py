@@ -1,0 +1,195 @@
+"""Ranks against each other, from the input probe: different populations (NH-RANKSKEW), the same data (NH-RANKDUP).
+
+Shape suffixes: T recorded steps, B blocks of steps, K ranks, F probe features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from service.diagnosis.estimate import LOOK_ROWS, look_rows, ratio_of_means, twice_in_a_row
+from service.diagnosis.finding import Evidence, Finding, Remedy
+from service.diagnosis.outcome import Outcome, names, query
+from service.diagnosis.stream import Stream, full_ranks, inverse
+from service.diagnosis.window import Floats, Ints, Window
+
+BLOCK_ROWS = 5
+SKEW_ROWS = (100, 400)
+SKEW_WARNING = 0.2
+SKEW_CRITICAL = 1.0
+SKEW_Z = 4.0
+COPY_RATIO = 0.5
+MIN_PAIRS = 15
+"""Pairs of successive blocks below which no rank effect is given: 95 of 100 rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankEffect:
+    """R and its 95 % interval: the variance of what is constant in a rank's means, over the noise of a batch mean."""
+
+    value: float
+    standard_error: float
+    steps: int
+    extreme: int
+
+    @property
+    def z(self) -> float:
+        return self.value / max(self.standard_error, 1e-12)
+
+
+def rank_effect(stream: Stream, begin: int, end: int) -> RankEffect | None:
+    """R over rows begin..end-1: mean over features of cov_k(block b, block b + 1) / (s²_y / N), blocks of 5 steps.
+
+    0 where all ranks draw from one population, clustered or not: what moves from block to block averages out. None
+    with fewer than two full ranks or `MIN_PAIRS` pairs of blocks.
+    """
+    full_K = full_ranks(stream.good_TK[begin:end])
+    ranks = np.flatnonzero(full_K)
+    rows = np.flatnonzero(stream.good_TK[begin:end, full_K].all(1)) + begin
+    blocks = len(rows) // BLOCK_ROWS
+    if len(ranks) < 2 or blocks < 2:
+        return None
+    rows = rows[: blocks * BLOCK_ROWS]
+    shape = (blocks, BLOCK_ROWS, len(ranks), -1)
+    mean_BKF = stream.mean_TKF[rows][:, ranks].reshape(shape).mean(1)
+    noise_BF = stream.noise.each_TKF[rows][:, ranks].reshape(shape).mean((1, 2))
+    weight_F = inverse(noise_BF.mean(0))
+    apart_BKF = mean_BKF - mean_BKF.mean(1, keepdims=True)
+    kept_B = (apart_BKF[1:] * apart_BKF[:-1]).sum(1) @ weight_F / (len(ranks) - 1)
+    noise_B = (noise_BF[1:] + noise_BF[:-1]) @ weight_F / 2
+    ratio = ratio_of_means(kept_B, noise_B, np.ones(blocks - 1, np.bool_), order=1, least=MIN_PAIRS)
+    if ratio is None:
+        return None
+    extreme = int(ranks[int((apart_BKF.mean(0) ** 2 @ weight_F).argmax())])
+    return RankEffect(ratio.value, ratio.standard_error, blocks * BLOCK_ROWS, extreme)
+
+
+def copies(stream: Stream, begin: int, end: int) -> tuple[Floats, Ints] | None:
+    """Half the mean squared difference of each pair of ranks' means over its expectation for independent batches.
+
+    1 for ranks with data of their own, 0 for ranks that see the same batches. None with fewer than two full ranks.
+
+    Returns:
+        The ratios (K, K) of the full ranks, with infinity on the diagonal, and those ranks.
+    """
+    full_K = full_ranks(stream.good_TK[begin:end])
+    ranks = np.flatnonzero(full_K)
+    rows = np.flatnonzero(stream.good_TK[begin:end, full_K].all(1)) + begin
+    if len(ranks) < 2 or len(rows) < 0.9 * LOOK_ROWS:
+        return None
+    noise_F = stream.noise.each_TKF[rows][:, ranks].mean((0, 1))
+    features = int((noise_F > 0).sum())
+    if not features:
+        return None
+    centred_TKF = stream.mean_TKF[rows][:, ranks]
+    centred_TKF = (centred_TKF - centred_TKF.mean(1, keepdims=True)) * np.sqrt(inverse(noise_F))
+    z_KX = centred_TKF.transpose(1, 0, 2).reshape(len(ranks), -1)
+    products_KK = z_KX @ z_KX.T
+    square_K = np.diagonal(products_KK)
+    ratio_KK = (square_K[:, None] + square_K - 2 * products_KK) / (2 * len(rows) * features)
+    np.fill_diagonal(ratio_KK, np.inf)
+    return ratio_KK, ranks
+
+
+def skew(window: Window, stream: Stream) -> tuple[Outcome, float | None]:
+    """NH-RANKSKEW: do ranks draw from different populations?
+
+    Returns:
+        The outcome, and R now, where it is known (NH-GAP uses it to tell skewed ranks from lag).
+    """
+    found: list[tuple[int, int, RankEffect]] = []
+    now: float | None = None
+    for width in SKEW_ROWS:
+        rows = [row for row in look_rows(stream.steps_T, width // 2) if row + 1 >= 0.95 * width]
+        effects = [rank_effect(stream, max(0, row + 1 - width), row + 1) for row in rows]
+        fired = twice_in_a_row([e is not None and e.value >= SKEW_WARNING and e.z >= SKEW_Z for e in effects])
+        if effects and effects[-1] is not None:
+            now = effects[-1].value
+        if fired and (effect := effects[fired[-1]]) is not None:
+            found.append((rows[fired[0]], rows[fired[-1]], effect))
+    if not found:
+        return Outcome(), now
+    first, last = min(f[0] for f in found), max(f[1] for f in found)
+    effect = found[-1][2]
+    half = 1.96 * effect.standard_error
+    finding = Finding(
+        code="NH-RANKSKEW",
+        severity="critical" if effect.value >= SKEW_CRITICAL else "warning",
+        summary=(
+            f"Ranks see different populations: what is constant in a rank's batch means has {effect.value:.2g} times "
+            f"the variance of their sampling noise (95 % CI {effect.value - half:.2g} to {effect.value + half:.2g}); "
+            f"rank {effect.extreme} is furthest from the others."
+        ),
+        evidence=Evidence(
+            statistic="R, covariance over ranks of successive blocks of batch means, over their noise (input probe)",
+            value=effect.value,
+            low=effect.value - half,
+            high=effect.value + half,
+            threshold=SKEW_WARNING,
+            z=effect.z,
+            steps_used=effect.steps,
+            query=query(
+                window.run,
+                "series",
+                stat="mu_b",
+                layer=window.layers[0].index if window.layers else None,
+                rank=effect.extreme,
+            ),
+        ),
+        remedy=Remedy(
+            text=(
+                "Normalize over all ranks, or give every rank a random share of all data; never evaluate with one "
+                "rank's moving statistics (DDP broadcasts rank 0's)."
+            ),
+            code=_skew_code(window, stream.samples),
+        ),
+        steps=(int(stream.steps_T[first]), int(stream.steps_T[last])),
+    )
+    return Outcome((finding,)), now
+
+
+def _skew_code(window: Window, samples: int) -> str:
+    if any(layer.kind == "BatchNorm" for layer in window.layers):
+        return "model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)"
+    return f"DataLoader(dataset, batch_size={samples}, sampler=DistributedSampler(dataset, shuffle=True))"
+
+
+def duplicates(window: Window, stream: Stream) -> Outcome:
+    """NH-RANKDUP: do two ranks see the same batches?"""
+    rows = look_rows(stream.steps_T)
+    found = [copies(stream, max(0, row + 1 - LOOK_ROWS), row + 1) for row in rows]
+    fired = twice_in_a_row([f is not None and bool((f[0] < COPY_RATIO).any()) for f in found])
+    if not fired:
+        return Outcome()
+    newest = found[fired[-1]]
+    assert newest is not None
+    ratio_KK, ranks = newest
+    same = tuple(int(k) for k in ranks[(ratio_KK < COPY_RATIO).any(1)])
+    lowest = float(ratio_KK.min())
+    finding = Finding(
+        code="NH-RANKDUP",
+        severity="critical",
+        summary=(
+            f"{names(same).capitalize()} see the same data: at the same step their batch means differ "
+            f"{max(lowest, 0.0):.2g} times as much as independent batches' would, so {len(same)} ranks do the work of "
+            "fewer."
+        ),
+        evidence=Evidence(
+            statistic="F_rank, variance between two ranks at one step over sampling noise (input probe)",
+            value=max(lowest, 0.0),
+            threshold=COPY_RATIO,
+            steps_used=LOOK_ROWS,
+            query=query(
+                window.run, "series", stat="mu_b", layer=window.layers[0].index if window.layers else None, rank=same[0]
+            ),
+        ),
+        remedy=Remedy(
+            text="Give every rank its own part of the data: a DistributedSampler, or a seed that depends on the rank.",
+            code=f"DataLoader(dataset, batch_size={stream.samples}, sampler=DistributedSampler(dataset, shuffle=True))",
+        ),
+        ranks=same,
+        steps=(int(stream.steps_T[rows[fired[0]]]), int(stream.steps_T[rows[fired[-1]]])),
+    )
+    return Outcome((finding,))
