@@ -408,7 +408,7 @@ def test_bad_arguments_are_refused_and_leave_nothing_running(settings, text):
 
 
 def test_a_model_that_is_none_or_not_made_yet_is_refused():
-    with pytest.raises(ValueError, match="model must be a torch.nn.Module, got NoneType"):
+    with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module, got NoneType"):
         Recorder(None)
     with pytest.raises(ValueError, match="run one forward before it is watched"):
         Recorder(nn.LazyBatchNorm1d())
@@ -513,7 +513,7 @@ def test_what_waits_when_the_service_is_down_is_in_the_spool_for_the_next_run(re
         record(_net(), service.url)
         eventually(lambda: service.statuses.get(first.run_id) == "finished")
         assert service.steps() == list(range(5))
-    eventually(lambda: not Spool(tmp_path / "spool").folders())
+        eventually(lambda: not Spool(tmp_path / "spool").folders())
 
 
 def test_a_step_too_many_is_dropped_counted_and_leaves_null_differences(record, service, monkeypatch):
@@ -566,7 +566,7 @@ def test_a_compiled_model_is_recorded(record, service):
 def test_ranks_without_a_process_group_need_a_run_id(record, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="torch.distributed is not initialized"):
+    with pytest.raises(ValueError, match=r"torch\.distributed is not initialized"):
         record(nn.Linear(1, 1))
     recorder = record(nn.Linear(1, 1), run_id="shared")
     assert (recorder.rank, recorder.run_id) == (1, "shared")

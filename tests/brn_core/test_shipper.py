@@ -5,6 +5,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from itertools import pairwise
 
 import httpx
 import pytest
@@ -119,7 +120,7 @@ def test_other_ranks_do_not_register_unless_the_service_does_not_know_the_run(sh
             ("POST", "/v1/runs"),
             ("POST", "/v1/runs/run-1/batches"),
         ]
-        assert list(service.batches)[0][1] == 3
+        assert next(iter(service.batches))[1] == 3
 
 
 def test_a_service_that_forgets_the_run_is_told_again(ship):
@@ -272,7 +273,7 @@ def test_delays_grow_and_are_spread(ship, monkeypatch):
     with FakeService(lambda method, path: times.append(time.monotonic()) or Fault(500)) as service:
         ship(service.url).offer(_step(0))
         eventually(lambda: len(times) >= 5)
-    waits = [b - a for a, b in zip(times, times[1:], strict=False)]
+    waits = [b - a for a, b in pairwise(times)]
     assert all(wait >= 0.05 * 2**i * 0.5 for i, wait in enumerate(waits[:4]))
 
 
