@@ -112,7 +112,8 @@ def _check_exposure(settings: Settings) -> None:
 def _listening_socket(settings: Settings) -> socket.socket:
     """The port, taken before the store is opened so that a second start fails fast and harms nothing."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small answers at once only on sockets that say they are TCP; else each waits 40 ms for an ACK.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((settings.host, settings.port))

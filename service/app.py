@@ -178,5 +178,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_unexpected_error(request: Request, error: Exception) -> JSONResponse:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return _problem(500, ServiceError.title, "the service failed on this request; its log says why")
+    # The server logs the traceback and closes the connection, which the client must hear to open another one.
+    log.error("%s %s failed: %r", request.method, request.url.path, error)
+    detail = "the service failed on this request; its log says why"
+    return _problem(500, ServiceError.title, detail, headers={"Connection": "close"})

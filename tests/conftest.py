@@ -62,7 +62,9 @@ def run_id(request: pytest.FixtureRequest) -> str:
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """Serves an application from a thread; gives its base URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # says TCP: no delayed answers
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

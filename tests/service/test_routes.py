@@ -20,7 +20,7 @@ from synthetic import create, layer_rows, run_record, scalar_rows, send, write_r
 
 from brn_core import wire
 from service import query
-from service.__main__ import serve
+from service.__main__ import _listening_socket, serve
 from service.app import COOKIE, cookie_value, create_app
 from service.settings import Settings
 from service.store import Store
@@ -354,6 +354,11 @@ def test_a_taken_port_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_locked_store_is_one_line(capsys: pytest.CaptureFixture[str], settings: Settings, store: Store) -> None:
     line = one_line(capsys, "--port", "0", "--store", settings.store)
     assert f"in use by process {os.getpid()}" in line
+
+
+def test_answers_are_not_held_back_for_an_acknowledgement() -> None:
+    with _listening_socket(Settings(port=0)) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # what asyncio asks before it sets TCP_NODELAY
 
 
 def test_listening_beyond_this_machine_wants_a_token(capsys: pytest.CaptureFixture[str]) -> None:
