@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = parse_settings(arguments)
         rank = Rank.from_environment(os.environ)
         if rank is None and settings.ranks > 1:
-            return launch(arguments, settings.ranks)
+            return launch([sys.executable, "-m", "brn_core.worker", *arguments], settings.ranks)
         if rank is not None and settings.ranks not in (1, rank.world_size):
             raise UsageError(f"--ranks {settings.ranks}, but torchrun started {rank.world_size}: leave --ranks out")
     except UsageError as error:
@@ -35,7 +35,7 @@ def run(settings: Settings, rank: Rank) -> int:
     """Trains as one rank; every way to end is a line of its own."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the recording is closed then, as on Ctrl-C
     console = Console() if rank.is_first else None
-    logging.basicConfig(level=logging.WARNING, handlers=[_LogHandler(rank, console)], force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LogHandler(rank, console)], force=True)
     try:
         # torch takes seconds to import: --help, usage errors and the launcher do without it
         from brn_core.worker.summary import print_summary

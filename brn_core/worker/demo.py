@@ -129,7 +129,7 @@ def service(folder: Path, port: int) -> Iterator[tuple[str, subprocess.Popen[byt
         folder.mkdir(parents=True, exist_ok=True)
         output = log.open("wb")
     except OSError as error:
-        raise DemoError(f"cannot write to {folder}: {error.strerror}; run it where you may write") from error
+        raise DemoError(f"cannot write to {folder}: {error.strerror}; name another --folder") from error
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BRN_")}
     environment |= {
         "BRN_SERVICE_STORE": f"chdb://{folder / 'store'}",
@@ -172,18 +172,23 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> 
     raise DemoError(f"the service was not ready after {_READY_SECONDS:.0f} s: see {log}")
 
 
+def training_flags(regime: Regime, run_id: str, url: str, spool: Path) -> list[str]:
+    """What `brn-train` is told for a regime."""
+    return [
+        *("--dataset", "digits", "--norm", "brn", "--ranks", str(RANKS), "--steps", str(STEPS), "--device", "cpu"),
+        *("--shadow-every", "25"),  # the train-inference gap is judged on 10 passes after 25 time constants
+        *("--url", url, "--spool", str(spool), "--run-id", run_id, "--run-name", regime.title, "--no-summary"),
+        *regime.flags,
+    ]
+
+
 def _train(regime: Regime, run_id: str, url: str, spool: Path) -> None:
     """Runs `brn-train` on this terminal.
 
     Raises:
         DemoError: it failed.
     """
-    command = [
-        *(sys.executable, "-m", "brn_core.worker"),
-        *("--dataset", "digits", "--norm", "brn", "--ranks", str(RANKS), "--steps", str(STEPS), "--device", "cpu"),
-        *("--url", url, "--spool", str(spool), "--run-id", run_id, "--run-name", regime.title, "--no-summary"),
-        *regime.flags,
-    ]
+    command = [sys.executable, "-m", "brn_core.worker", *training_flags(regime, run_id, url, spool)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BRN_")}
     process = subprocess.Popen(command, env=environment)
     try:

@@ -90,13 +90,13 @@ class Rank:
             (Path(self.folder) / f"failure-{self.rank}").write_text(text)
 
 
-def launch(arguments: Sequence[str], ranks: int) -> int:
-    """Runs `brn-train` with these arguments in `ranks` processes on this host; returns the exit code of the whole."""
+def launch(command: Sequence[str], ranks: int) -> int:
+    """Runs a command in `ranks` processes on this host, each told its rank; returns the exit code of the whole."""
     with tempfile.TemporaryDirectory(prefix="brn-ranks-") as folder, _Signals() as signals:
         processes = [
             # A session of its own: the terminal's Ctrl-C reaches this process only, which passes it on once.
             subprocess.Popen(
-                [sys.executable, "-m", "brn_core.worker", *arguments],
+                command,
                 env=os.environ | _environment(rank, ranks, folder),
                 start_new_session=True,
             )

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from brn_core.distributed import average_
 from brn_core.recorder import Recorder
 from brn_core.schedule import RenormSchedule
+from brn_core.statistics import average_statistics
 from brn_core.worker.data import BatchSampler, Dataset, FewLabelsBatchSampler, IidBatchSampler, Split, digits, synthetic
 from brn_core.worker.findings import run_url
 from brn_core.worker.models import SmallConvNet, norm_factory
@@ -50,6 +51,7 @@ class Outcome:
     """What a run came to, on this rank.
 
     Attributes:
+        model: the trained network, the same on every rank.
         run_id: the run's id in the service; None where nothing was recorded.
         steps: optimizer steps done.
         train_loss: of the last batch.
@@ -60,6 +62,7 @@ class Outcome:
         dropped_steps: recorded steps that were lost.
     """
 
+    model: nn.Module
     run_id: str | None
     steps: int
     train_loss: float
@@ -164,13 +167,9 @@ def data_parallel(model: nn.Module, rank: Rank, device: torch.device) -> nn.Modu
 def share_moving_statistics(model: nn.Module, rank: Rank) -> None:
     """Gives every rank the mean over ranks of the moving statistics; one small all-reduce for all layers."""
     if rank.world_size > 1:
-        average_(moving_statistics(model))
-
-
-def moving_statistics(model: nn.Module) -> list[Tensor]:
-    """Means and standard deviations (or variances) that inference will use: the buffers themselves."""
-    suffixes = ("running_mean", "running_std", "running_var")
-    return [buffer for name, buffer in model.named_buffers() if name.endswith(suffixes)]
+        average_statistics(model)
+        batch_norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        average_([module.get_buffer(name) for module in batch_norms for name in ("running_mean", "running_var")])
 
 
 @torch.no_grad()
@@ -291,6 +290,7 @@ def train(settings: Settings, rank: Rank, console: Console | None = None) -> Out
             seconds = time.monotonic() - started
         wait_for_all(rank)
     return Outcome(
+        model=model,
         run_id=None if recorder is None else recorder.run_id,
         steps=settings.steps,
         train_loss=loss.item(),
@@ -332,7 +332,7 @@ def _figures(loss: Tensor, accuracy: Tensor, recorder: Recorder | None) -> dict[
     if recorder is not None:
         latest = recorder.latest
         figures |= {name: latest[name] for name in ("r_max", "d_max") if name in latest}
-        if "clip_r" in latest and "clip_d" in latest:
+        if latest.get("d_max"):  # under batch norm's limits every channel counts as clipped
             figures["clip"] = max(latest["clip_r"], latest["clip_d"])
     return figures
 
