@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -489,13 +490,26 @@ def test_a_process_forked_from_training_records_nothing_and_harms_nothing(record
     model = _net()
     recorder = record(model, service.url)
     _train(model, steps=2, recorder=recorder)
+    held, release = threading.Event(), threading.Event()
+
+    def hold_the_lock():
+        with recorder._reducer._changed:
+            held.set()
+            release.wait(30)
+
+    holder = threading.Thread(target=hold_the_lock)
+    holder.start()
+    assert held.wait(30)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons: fork in a process with threads
         child = os.fork()
-    if child == 0:
+    if child == 0:  # here the lock is held for ever, by a thread that does not exist
+        signal.alarm(10)
         recorder.step(7.0)
         recorder.close()
         os._exit(0)
+    release.set()
+    holder.join()
     assert os.waitpid(child, 0)[1] == 0
     recorder.step(1.0)
     recorder.close()

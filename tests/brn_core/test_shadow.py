@@ -106,8 +106,8 @@ def test_hooks_do_not_see_the_shadow_pass():
     assert len(seen) == 4
 
 
-def test_the_autocast_cache_holds_no_gradient_free_weights_afterwards():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+def test_the_autocast_cache_is_left_alone():
+    model, enabled = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), []
 
     class OnlyInInference(nn.Module):
         def __init__(self):
@@ -115,12 +115,16 @@ def test_the_autocast_cache_holds_no_gradient_free_weights_afterwards():
             self.extra = nn.Linear(2, 2)
 
         def forward(self, x):
-            return x if self.training else self.extra(x)
+            if self.training:
+                return x
+            enabled.append(torch.is_autocast_cache_enabled())
+            return self.extra(x)
 
     model.append(OnlyInInference())
     x = torch.randn(8, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         run_shadow(model, (x,), {}, model(x))
+        assert enabled == [False]
         assert torch.is_autocast_cache_enabled()
         loss = model[3].extra(model(x).float()).float().sum()
     loss.backward()
