@@ -29,10 +29,9 @@ def merge_moments(moments: Moments, group: dist.ProcessGroup | None = None) -> M
     mean_C, var_C, count = moments.mean_C, moments.var_C, moments.elements
     count_C = count.to(mean_C.dtype) if isinstance(count, Tensor) else torch.full_like(mean_C, count)
     local_3C = torch.stack((mean_C, var_C, count_C))
-    world = dist.get_world_size(group)
-    gathered = torch.empty((world * 3, mean_C.shape[0]), dtype=mean_C.dtype, device=mean_C.device)
-    dist.all_gather_into_tensor(gathered, local_3C, group=group)
-    mean_KC, var_KC, count_KC = gathered.view(world, 3, -1).unbind(1)
+    gathered = [torch.empty_like(local_3C) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, local_3C, group=group)
+    mean_KC, var_KC, count_KC = torch.stack(gathered, 1)
     total_C = count_KC.sum(0)
     m_C = total_C.clamp(min=1)
     whole_mean_C = (count_KC * mean_KC).sum(0) / m_C

@@ -105,9 +105,31 @@ def correction(
     Returns:
         The pair r, d, shaped as mu_B. NaN stays NaN.
     """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        opaque: tuple[Tensor, Tensor] = _opaque_correction(mu_B, sigma_B, mu, sigma, r_min, r_max, d_max)
+        return opaque
     r = (sigma_B / sigma).clamp_(r_min, r_max)
     d = ((mu_B - mu) / sigma).clamp_(-d_max, d_max)
     return r, d
+
+
+@torch.library.custom_op("brn::correction", mutates_args=())
+def _opaque_correction(
+    mu_B: Tensor, sigma_B: Tensor, mu: Tensor, sigma: Tensor, r_min: Tensor, r_max: Tensor, d_max: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`correction` as one node of a compiled graph, which is saved for backward and never computed there again.
+
+    torch's partitioner computes cheap pointwise work anew in backward; from mu and sigma, which the forward has moved
+    by then, r and d come out wrong. It leaves alone what it does not know.
+    """
+    return correction(mu_B, sigma_B, mu, sigma, r_min, r_max, d_max)
+
+
+@_opaque_correction.register_fake
+def _(
+    mu_B: Tensor, sigma_B: Tensor, mu: Tensor, sigma: Tensor, r_min: Tensor, r_max: Tensor, d_max: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mu_B), torch.empty_like(mu_B)
 
 
 class _Batch(NamedTuple):
@@ -291,6 +313,7 @@ def _in_microbatches(
 ) -> tuple[Tensor, Statistics]:
     """`renormalize`, each part of the batch for itself; the statistics are the mean of theirs."""
     parts = x.tensor_split(microbatches)
+    require_spread(parts[-1])  # the smallest
     masks: Sequence[Tensor | None] = [None] * microbatches
     if mask is not None:
         masks = mask.expand(x.shape[0], *mask.shape[1:]).tensor_split(microbatches)
@@ -432,5 +455,5 @@ def require_spread(x: Tensor) -> None:
     if x.numel() == x.shape[1]:
         raise ValueError(
             f"expected more than 1 value per channel when training, got input of shape {tuple(x.shape)}; "
-            "use a larger batch, or put the layer in eval mode to normalize with the moving statistics"
+            "use a larger (virtual) batch, or put the layer in eval mode to normalize with the moving statistics"
         )

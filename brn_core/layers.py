@@ -33,6 +33,9 @@ Sync = Literal["none", "moments", "ema"]
 # Forwards whose correction is kept for an activation checkpoint's second run: C numbers each.
 _KEPT_CORRECTIONS: Final = 64
 
+# Forwards after which a layer with sync="ema" warns that nobody averages.
+_EMA_PATIENCE: Final = 100
+
 _STATISTICS: Final = ("running_mean", "running_std")
 _LIMITS: Final = ("r_min", "r_max", "d_max")
 
@@ -86,6 +89,7 @@ class BatchRenorm(nn.Module):
         observe: set it, and a training forward leaves its statistics in `observed`.
         observed: the last training forward's `Observation`; the reader sets it back to None.
         frozen: set it, and the layer computes inference in training too, and tracks nothing.
+        forwards_since_average: training forwards since `average_statistics`, for sync="ema".
 
     Raises:
         ValueError: an argument outside its range; in training, one value per channel; a wrong shape.
@@ -157,6 +161,7 @@ class BatchRenorm(nn.Module):
         self._initial_limits = (r_min, r_max, d_max)
         self._corrections: deque[tuple[Tensor, Tensor, Tensor, Tensor]] = deque(maxlen=_KEPT_CORRECTIONS)
         self._ranks_checked = False
+        self.forwards_since_average = 0
 
         def parameter(wanted: bool) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if wanted else None
@@ -211,7 +216,7 @@ class BatchRenorm(nn.Module):
             return inference(x, self.running_mean, self.running_std, self.weight, self.bias)
         if local:
             require_spread(x)
-        if not self._ranks_checked:
+        if not torch.compiler.is_compiling():
             self._check_ranks()
         if mask is not None and mask.dim() == x.dim() - 1:
             mask = mask.unsqueeze(1)
@@ -291,19 +296,33 @@ class BatchRenorm(nn.Module):
             raise ValueError(f"expected floating-point input, got {x.dtype}")
 
     def _check_ranks(self) -> None:
-        """Once, at the first training forward: say what several ranks do to the moving statistics."""
+        """Say, once, what is missing for several ranks to train with the same moving statistics."""
+        if self._ranks_checked:
+            if self.sync == "ema":
+                self._check_averaged()
+            return
         self._ranks_checked = True
-        many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if self.sync == "moments" and not (dist.is_available() and dist.is_initialized()):
+        connected = dist.is_available() and dist.is_initialized()
+        if self.sync == "moments" and not connected:
+            self._ranks_checked = False
             raise RuntimeError(
                 'sync="moments" needs a process group: call torch.distributed.init_process_group, or use sync="none"'
             )
-        if self.sync == "none" and many:
+        if self.sync == "none" and connected and dist.get_world_size() > 1:
             warnings.warn(
-                "BatchRenorm trains with its moving statistics, and with sync='none' each rank has its own; "
+                'BatchRenorm trains with its moving statistics, and with sync="none" each rank has its own; '
                 "DistributedDataParallel(broadcast_buffers=True) replaces them by rank 0's at every forward. "
-                "Use sync='ema' with average_statistics(model) once a step, or sync='moments'.",
+                'Use sync="ema" with average_statistics(model) once a step, or sync="moments".',
                 stacklevel=3,
+            )
+
+    def _check_averaged(self) -> None:
+        self.forwards_since_average += 1
+        if self.forwards_since_average == _EMA_PATIENCE and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                f'sync="ema", but {_EMA_PATIENCE} forwards without an average over the ranks: '
+                "call brn_core.statistics.average_statistics(model) once a step",
+                stacklevel=4,
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchRenorm:
@@ -398,7 +417,7 @@ def convert_batchnorm(model: nn.Module, **kwargs: Any) -> nn.Module:
             has not seen its first batch.
     """
     return _replace(
-        model, lambda m: _from_batchnorm(m, kwargs) if isinstance(m, nn.modules.batchnorm._NormBase) else None
+        model, lambda m: _from_batchnorm(m, kwargs) if isinstance(m, nn.modules.batchnorm._BatchNorm) else None
     )
 
 
@@ -439,12 +458,12 @@ _BATCHNORM_OF: Final[dict[type[BatchRenorm], type[nn.modules.batchnorm._BatchNor
 }
 
 
-def _from_batchnorm(old: nn.modules.batchnorm._NormBase, kwargs: dict[str, Any]) -> BatchRenorm | None:
-    kind = next((new for new, bn in _BATCHNORM_OF.items() if isinstance(old, bn)), None)
-    if kind is None:
-        return None  # InstanceNorm shares the base class
+def _from_batchnorm(old: nn.modules.batchnorm._BatchNorm, kwargs: dict[str, Any]) -> BatchRenorm | None:
     if isinstance(old, nn.modules.lazy.LazyModuleMixin):
         raise ValueError(f"{type(old).__name__} has no shape yet: run one batch through the model, then convert it")
+    kind = next((new for new, bn in _BATCHNORM_OF.items() if isinstance(old, bn)), None)
+    if kind is None:
+        return None  # someone's own kind of batch normalization
     if old.running_mean is None or old.running_var is None:
         raise ValueError(
             f"{old} keeps no moving statistics, so there is no inference output to keep; "
