@@ -58,7 +58,7 @@ def panels(names: Sequence[str]) -> list[Panel]:
     found = [Panel(name, ((name, name),)) for name in sorted(set(names) - _OURS, key=rank)]
     shadow = tuple(curve for curve in _SHADOW if curve[0] in names)
     if shadow:
-        found.append(Panel("loss of one batch, by mode", shadow))
+        found.append(Panel("loss by mode", shadow))
     found += [Panel(title, ((name, title),), factor, True) for name, title, factor in _OWN if name in names]
     return found
 

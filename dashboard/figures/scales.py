@@ -76,7 +76,8 @@ def _share(values: Floats, palette: Palette) -> Scale:
     # The square root: the difference between 0 % and 5 % matters more than that between 90 % and 95 %.
     shares = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)
     labels = [f"{100 * share:g} %" for share in shares]
-    return Scale(np.sqrt(values), 0, 1, palette.sequential(), [share**0.5 for share in shares], labels, ".2~%")
+    z = np.sqrt(np.maximum(values, 0))
+    return Scale(z, 0, 1, palette.sequential(), [share**0.5 for share in shares], labels, ".2~%")
 
 
 def _energy(values: Floats, palette: Palette) -> Scale:

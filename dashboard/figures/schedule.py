@@ -72,7 +72,7 @@ def phases(steps: Sequence[int], r_max: Floats, d_max: Floats, planned: Schedule
 
     known = [i for i in range(len(steps)) if not math.isnan(r_max[i]) and not math.isnan(d_max[i])]
     starts = [(phase, steps[next(group)]) for phase, group in groupby(known, key=name)]
-    ends = [start for _, start in starts[1:]] + list(steps[-1:])
+    ends = [start for _, start in starts[1:]] + [steps[-1]] * bool(starts)
     return [Phase(phase, start, end) for (phase, start), end in zip(starts, ends, strict=True)]
 
 

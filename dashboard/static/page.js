@@ -94,9 +94,13 @@ function say(text) {
   if (live) live.hidden = text !== null || !main.dataset.page;
 }
 
+/** Whether the run was deleted: there is nothing to wait for. */
+let gone = false;
+
 /** @param {unknown} error */
 function complain(error) {
-  if (error instanceof Refusal && error.status === 404) say("This run no longer exists. What you see is its last state.");
+  gone ||= error instanceof Refusal && error.status === 404;
+  if (gone) say("This run no longer exists. What you see is its last state.");
   else if (error instanceof Refusal) say(`The service reports a problem: ${error.message}`);
   else say("Connection lost, retrying. What you see is the last state received.");
 }
@@ -184,6 +188,8 @@ class Figure {
       await api.react(this.plot, figure.data, figure.layout, {
         responsive: true,
         displaylogo: false,
+        showSendToCloud: false, // plotly.js 4 offers by default to upload the chart: data stays here
+        plotlyServerURL: "",
         modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
         toImageButtonOptions: { filename: `${main.dataset.run}-${this.id}`, format: "svg" },
       });
@@ -247,10 +253,10 @@ function runPage() {
 
   function writeView() {
     const view = new URLSearchParams(location.search);
+    view.delete("layer");
+    view.delete("stat");
     if (layer.value) view.set("layer", layer.value);
-    else view.delete("layer");
     if (stat.value !== main.dataset.stat) view.set("stat", stat.value);
-    else view.delete("stat");
     history.replaceState(null, "", `${location.pathname}${view.size ? `?${view}` : ""}`);
   }
 
@@ -268,8 +274,10 @@ function runPage() {
   const refreshFigures = paced(() => draw(figures), FIGURES_EVERY_MS);
   setInterval(refreshHead, HEAD_EVERY_MS); // a run that falls silent sends no event
 
-  let seen = "";
+  // What the page was rendered from: the first event of a stream only says it again.
+  let seen = main.dataset.cursor;
   function listen() {
+    let greeted = false;
     const events = new EventSource(main.dataset.events ?? "");
     events.addEventListener("open", () => {
       const lost = !banner.hidden;
@@ -277,14 +285,21 @@ function runPage() {
       if (lost) { refreshHead(); refreshFigures(); }
     });
     events.addEventListener("cursor", (event) => {
-      if (event.data === seen) return;
-      seen = event.data;
+      const { last_step: step, status, rows } = JSON.parse(event.data);
+      const cursor = `${step} ${status} ${rows}`;
+      if (cursor === seen) return;
+      seen = cursor;
       refreshHead();
       refreshFigures();
     });
-    events.addEventListener("findings", refreshHead);
+    events.addEventListener("findings", () => {
+      if (greeted) refreshHead();
+      greeted = true;
+    });
     events.addEventListener("error", () => {
       complain(null);
+      if (gone) return events.close();
+      refreshHead(); // it knows more: the run may be gone
       if (events.readyState === EventSource.CLOSED) setTimeout(listen, RETRY_MS); // it gave up: start afresh
     });
     addEventListener("pagehide", () => events.close(), { once: true });
