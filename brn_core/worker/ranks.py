@@ -35,6 +35,8 @@ _LAUNCHER = "_BRN_LAUNCHER"
 _FOLDER = "_BRN_FOLDER"
 _GRACE_SECONDS = 10.0
 """How long ranks may take to close their recording before they are killed."""
+_NOTICE_SECONDS = 3.0
+"""How long ranks may take to notice by themselves that one is lost; an interrupt would disturb their closing."""
 _POLL_SECONDS = 0.05
 
 
@@ -148,24 +150,27 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], signals: _Signals) -> tu
     """Exit codes in rank order, and the rank that failed first.
 
     When one rank fails or a signal comes, the others are asked to end, and after a while killed. A rank that waits for
-    a lost one in a collective is told so by gloo or NCCL; the request is for all that do something else.
+    a lost one in a collective is told so by gloo or NCCL; the request is for those that do something else.
     """
     culprit: int | None = None
-    kill_at: float | None = None
-    while any(process.poll() is None for process in processes):
-        failed = [rank for rank, process in enumerate(processes) if process.returncode not in (None, 0, EXIT_PEER_LOST)]
-        if culprit is None and failed:
-            culprit = failed[0]
-        if kill_at is None and (signals.received or any(process.returncode for process in processes)):
-            kill_at = time.monotonic() + _GRACE_SECONDS
+    failed_at: float | None = None
+    asked_at: float | None = None
+    while None in (codes := [process.poll() for process in processes]):
+        now = time.monotonic()
+        if culprit is None:
+            culprit = next((rank for rank, code in enumerate(codes) if code not in (None, 0, EXIT_PEER_LOST)), None)
+        if failed_at is None and any(codes):
+            failed_at = now
+        if asked_at is None and (signals.received or (failed_at is not None and now > failed_at + _NOTICE_SECONDS)):
+            asked_at = now
             _send(processes, signal.SIGINT)
-        if signals.received > 1 or (kill_at is not None and time.monotonic() > kill_at):
+        if signals.received > 1 or (asked_at is not None and now > asked_at + _GRACE_SECONDS):
             _send(processes, signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
-    codes = [process.wait() for process in processes]
+    ended = [process.wait() for process in processes]
     if culprit is None:
-        culprit = next((rank for rank, code in enumerate(codes) if code not in (0, EXIT_PEER_LOST)), None)
-    return codes, culprit
+        culprit = next((rank for rank, code in enumerate(ended) if code not in (0, EXIT_PEER_LOST)), None)
+    return ended, culprit
 
 
 def _send(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:

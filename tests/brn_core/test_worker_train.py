@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -280,22 +281,29 @@ sys.exit(launch([sys.executable, "-c", sys.argv[1]], 2))
 """
 
 
-def launch(rank_script: str) -> subprocess.Popen[str]:
+@contextmanager
+def launched(rank_script: str) -> Iterator[subprocess.Popen[str]]:
     """The launcher in a process of its own (it handles signals), with ranks that need no torch."""
-    return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH_SCRIPT, rank_script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = [sys.executable, "-c", LAUNCH_SCRIPT, rank_script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_ranks_are_told_who_they_are_and_their_success_is_the_runs() -> None:
-    process = launch("import os; e = os.environ; print(e['RANK'], e['WORLD_SIZE'], e['LOCAL_RANK'], flush=True)")
-    output, _ = process.communicate(timeout=60)
-    assert sorted(output.splitlines()) == ["0 2 0", "1 2 1"]
+    script = (
+        "import os; e = os.environ; os.write(1, ' '.join([e['RANK'], e['WORLD_SIZE'], e['LOCAL_RANK'], '']).encode())"
+    )
+    with launched(script) as process:
+        output, _ = process.communicate(timeout=60)
+    assert output in ("0 2 0 1 2 1 ", "1 2 1 0 2 0 ")
     assert process.returncode == 0
 
 
 def test_one_ranks_error_is_printed_once_and_ends_the_other() -> None:
-    process = launch("""
+    script = """
 import os, sys, time
 from brn_core.worker.ranks import Rank
 rank = Rank.from_environment(os.environ)
@@ -303,8 +311,9 @@ if rank.rank == 1:
     rank.report_failure("the reason")
     sys.exit(1)
 time.sleep(600)
-""")
-    output, _ = process.communicate(timeout=60)
+"""
+    with launched(script) as process:
+        output, _ = process.communicate(timeout=60)
     lines = [line for line in output.splitlines() if "brn-train" in line or "reason" in line]
     assert lines == ["the reason", "brn-train: rank 1 of 2 ended with exit code 1; the run has ended"]
     assert process.returncode == EXIT_FAILED
@@ -312,19 +321,20 @@ time.sleep(600)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_reaches_every_rank_once_and_lets_it_close(number: signal.Signals) -> None:
-    process = launch("""
-import time
+    script = """
+import os, time
 try:
-    print("up", flush=True)
+    os.write(1, b"up\\n")  # one write a line: two ranks share the pipe
     time.sleep(600)
 except KeyboardInterrupt:
-    print("closed", flush=True)
+    os.write(1, b"closed\\n")
     raise SystemExit(130)
-""")
-    assert process.stdout is not None
-    assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+"""
+    with launched(script) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
     assert output.splitlines() == ["closed", "closed"]
     assert process.returncode == EXIT_INTERRUPTED
 
