@@ -311,7 +311,8 @@ class BatchRenorm(nn.Module):
         if self.sync == "none" and connected and dist.get_world_size() > 1:
             warnings.warn(
                 'BatchRenorm trains with its moving statistics, and with sync="none" each rank has its own; '
-                "DistributedDataParallel(broadcast_buffers=True) replaces them by rank 0's at every forward. "
+                "DistributedDataParallel replaces them by rank 0's at every forward, unless told not to broadcast "
+                "buffers. "
                 'Use sync="ema" with average_statistics(model) once a step, or sync="moments".',
                 stacklevel=3,
             )

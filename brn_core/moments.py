@@ -152,7 +152,8 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, *, per_sample: bool = F
     dtype = statistics_dtype(x)
     if x.numel() == 0:
         zeros_C = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
-        return Moments(zeros_C, zeros_C, 0)
+        zeros_NC = zeros_C.expand(x.shape[0], -1)
+        return Moments(zeros_C, zeros_C, 0, zeros_NC if per_sample else None, zeros_NC if per_sample else None)
     if mask is not None:
         return _masked_moments(x, mask, per_sample)
     count = x.numel() // x.shape[1]
