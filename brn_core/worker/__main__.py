@@ -21,14 +21,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = parse_settings(arguments)
         rank = Rank.from_environment(os.environ)
-        if rank is None and settings.ranks > 1:
-            return launch([sys.executable, "-m", "brn_core.worker", *arguments], settings.ranks)
-        if rank is not None and settings.ranks not in (1, rank.world_size):
+        if rank is None and (ranks := settings.ranks or _devices_here(settings)) > 1:
+            return launch([sys.executable, "-m", "brn_core.worker", *arguments], ranks)
+        if rank is not None and settings.ranks not in (0, 1, rank.world_size):
             raise UsageError(f"--ranks {settings.ranks}, but torchrun started {rank.world_size}: leave --ranks out")
     except UsageError as error:
         print(f"brn-train: {error}", file=sys.stderr)
         return EXIT_USAGE
     return run(settings, rank or Rank())
+
+
+def _devices_here(settings: Settings) -> int:
+    """Ranks that make use of every CUDA device of this host; one where there is none, or none is wanted."""
+    if settings.device == "cpu":
+        return 1
+    import torch  # seconds: only for those who ask for it
+
+    return max(1, torch.cuda.device_count())
 
 
 def run(settings: Settings, rank: Rank) -> int:

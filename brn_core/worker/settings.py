@@ -56,7 +56,12 @@ class Settings(BaseSettings):
     weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False, description="Weight decay of SGD.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds weights and batches; same seed, same run (on the CPU).")
     eval_every: int = Field(100, ge=0, description="Steps between evaluations of the test split; 0: at the end only.")
-    ranks: int = Field(1, ge=1, le=64, description="Processes to train with on this host. torchrun sets its own.")
+    ranks: int = Field(
+        1,
+        ge=0,
+        le=64,
+        description="Processes to train with on this host; 0: one for each CUDA device. Not with torchrun.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is one, else the CPU.")
 
     # -- the limits of r and d
