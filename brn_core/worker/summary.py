@@ -12,10 +12,11 @@ from brn_core.worker.train import TRAIN_ACCURACY_STEPS, Outcome
 
 def print_summary(console: Console, settings: Settings, outcome: Outcome) -> None:
     """Accuracy, rate and findings; without a service, where the rows are and how to send them."""
+    last = min(TRAIN_ACCURACY_STEPS, outcome.steps)
     rate = outcome.steps / max(outcome.seconds, 1e-9)
     rows = [
         ("run", f"{settings.name}: {outcome.steps} steps in {outcome.seconds:.1f} s ({rate:.0f} steps/s)"),
-        ("training", f"accuracy {outcome.train_accuracy:.1%} (last {TRAIN_ACCURACY_STEPS} batches, batch statistics)"),
+        ("training", f"accuracy {outcome.train_accuracy:.1%} (last {last} batches, batch statistics)"),
         ("test", f"accuracy {outcome.evaluation.accuracy:.1%} (moving statistics), loss {outcome.evaluation.loss:.3f}"),
     ]
     if outcome.dropped_steps:
