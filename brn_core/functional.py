@@ -175,8 +175,9 @@ class _Normalize(torch.autograd.Function):
         gamma = None if weight is None else as_dtype(weight, mean.dtype)
         beta = None if bias is None else as_dtype(bias, mean.dtype)
         scale = r if gamma is None else gamma * r
-        shift = d if gamma is None else gamma * d
-        if beta is not None:
+        if beta is None:
+            shift = d if gamma is None else gamma * d
+        else:
             shift = beta + d if gamma is None else torch.addcmul(beta, gamma, d)
         if not _kernels_apply(x, mask):
             y = (x - per_channel(mean, x)) * per_channel(scale / sigma, x) + per_channel(shift, x)

@@ -11,7 +11,7 @@ from brn_core.moments import batch_moments
 torch.set_num_threads(1)
 
 SHAPES = [(6, 3), (5, 4, 7), (4, 3, 5, 6), (3, 2, 3, 4, 2), (1, 3, 9), (16, 5, 1, 1)]
-LAYOUTS = [*SHAPES, "channels_last"]
+LAYOUTS = [*SHAPES, "channels_last", "large channels_last"]
 LIMITS = {
     "batch norm": (1.0, 1.0, 0.0),
     "clipped": (1 / 1.1, 1.1, 0.1),
@@ -24,10 +24,10 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 
 def _case(layout, dtype, seed=0, mean=0.0, spread=2.0):
     rng = np.random.default_rng(seed)
-    shape = (4, 3, 5, 6) if layout == "channels_last" else layout
+    shape = {"channels_last": (4, 3, 5, 6), "large channels_last": (3, 64, 16, 16)}.get(layout, layout)
     C = shape[1]
     x = torch.from_numpy(rng.normal(mean, spread, shape)).to(dtype)
-    if layout == "channels_last":
+    if isinstance(layout, str):
         x = x.contiguous(memory_format=torch.channels_last)
     arrays = {
         "gamma": rng.normal(1, 0.3, C),
@@ -68,7 +68,7 @@ def test_inference_is_algorithm_1(reference, layout):
     t = {k: torch.from_numpy(v) for k, v in a.items()}
     y = batch_renorm(x, t["mu"], t["sigma"], t["gamma"], t["beta"], r_max=3, d_max=5, training=False)
     np.testing.assert_allclose(
-        y, reference.inference(x.numpy(), a["gamma"], a["beta"], a["mu"], a["sigma"]), rtol=1e-12
+        y, reference.inference(x.numpy(), a["gamma"], a["beta"], a["mu"], a["sigma"]), rtol=1e-12, atol=1e-14
     )
     np.testing.assert_array_equal(t["mu"], a["mu"])
 
@@ -99,12 +99,12 @@ def test_sample_moments_are_those_of_each_sample(layout, dtype):
         torch.testing.assert_close(var_NC.double(), wide.var(2, correction=0), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", [(8, 3, 16, 16), "channels_last"], ids=str)
+@pytest.mark.parametrize("layout", [(8, 3, 16, 16), "channels_last", "large channels_last"], ids=str)
 def test_sample_moments_are_right_at_a_mean_of_1e4(layout):
     x, _, _ = _case(layout, torch.float32, mean=1e4, spread=1.0)
     mean_NC, var_NC = sample_moments(x)
     flat = x.double().flatten(2)
-    torch.testing.assert_close(mean_NC.double(), flat.mean(2), rtol=5e-7, atol=0)
+    torch.testing.assert_close(mean_NC.double(), flat.mean(2), rtol=1e-6, atol=0)
     torch.testing.assert_close(var_NC.double(), flat.var(2, correction=0), rtol=1e-2, atol=0)
 
 
@@ -178,7 +178,8 @@ def test_bfloat16_gives_bfloat16_with_float32_statistics(reference, layout):
     assert gamma.grad.dtype == t["mu"].dtype == torch.float32
     np.testing.assert_allclose(y.detach().double(), f.y, rtol=8e-3, atol=1.6e-2)
     np.testing.assert_allclose(leaf.grad.double(), dx, rtol=1e-2, atol=1.6e-2)
-    np.testing.assert_allclose(gamma.grad, dgamma, rtol=2e-3, atol=1e-4)  # the channels_last kernel's own error
+    # torch's channels_last kernel sums in bfloat16; nn.BatchNorm has the same error
+    np.testing.assert_allclose(gamma.grad, dgamma, rtol=1e-2 if isinstance(layout, str) else 1e-4, atol=2e-3)
     np.testing.assert_allclose(t["sigma"], f.new_sigma, rtol=1e-6)
 
 

@@ -1,0 +1,112 @@
+"""What a training step costs, in counts that do not depend on the machine: passes, saved bytes, dispatches, syncs."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from brn_core.layers import BatchRenorm2d
+
+torch.set_num_threads(1)
+
+SHAPE = (8, 16, 12, 12)
+HOST_SYNCS = {
+    "aten._local_scalar_dense.default",
+    "aten.item.default",
+    "aten.nonzero.default",
+    "aten.is_nonzero.default",
+}
+FREE = {"aten.detach.default", "aten.view.default", "aten.expand.default"}  # no kernel
+
+
+class _Counting(TorchDispatchMode):
+    """Names of all dispatched operators, and how often they read or write something as large as the activation."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.names, self.passes = size, [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if str(func) not in FREE:
+            self.names.append(str(func))
+            large = [
+                t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor) and t.numel() == self.size
+            ]
+            self.passes += len(large)
+        return out
+
+
+def _input(channels_last, dtype=torch.float32):
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE, dtype=dtype)
+    return (x.contiguous(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
+
+
+def _counted(layer, x):
+    grad = torch.randn_like(x)
+    layer(x).backward(grad)  # the first call may do more
+    layer.zero_grad()
+    x.grad = None
+    with _Counting(x.numel()) as forward:
+        y = layer(x)
+    with _Counting(x.numel()) as backward:
+        y.backward(grad)
+    return forward, backward
+
+
+@pytest.mark.parametrize("observe", [False, True])
+def test_no_operator_of_a_training_step_waits_for_the_device(observe):
+    layer = BatchRenorm2d(16, r_max=3.0, d_max=5.0, debias=True)
+    layer.observe = observe
+    for counted in _counted(layer, _input(channels_last=False)):
+        assert not HOST_SYNCS & set(counted.names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_activation_passes_through_memory_no_oftener_than_in_batch_norm(dtype):
+    # Per operator's arguments: statistics 1 read; transform 1 read, 1 write; backward 2 reads (x, dy; the kernel makes
+    # two rounds), 1 write.
+    forward, backward = _counted(BatchRenorm2d(16), _input(channels_last=True, dtype=dtype))
+    assert forward.passes == 3
+    assert backward.passes == 3
+
+
+def test_contiguous_float_input_on_cpu_takes_its_statistics_from_the_samples_and_writes_once_more():
+    forward, backward = _counted(BatchRenorm2d(16), _input(channels_last=False))
+    assert "aten.native_group_norm.default" in forward.names
+    assert "aten.batch_norm_update_stats.default" not in forward.names
+    assert forward.passes == 4
+    assert backward.passes == 3
+
+
+def test_observing_contiguous_input_reads_the_activation_not_once_more():
+    counts = []
+    for observe in (False, True):
+        layer = BatchRenorm2d(16)
+        layer.observe = observe
+        counts.append(_counted(layer, _input(channels_last=False))[0].passes)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_small_operators_around_the_kernels_stay_few(channels_last):
+    forward, backward = _counted(BatchRenorm2d(16), _input(channels_last))
+    assert len(forward.names) <= (18 if channels_last else 25)
+    assert len(backward.names) <= 5
+
+
+def test_what_is_saved_for_backward_is_the_input_and_a_few_vectors():
+    def saved_bytes(layer, x):
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: storages.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+        ):
+            layer(x)
+        return sum(storages.values())
+
+    x = _input(channels_last=True)
+    ours, batch_norm = saved_bytes(BatchRenorm2d(16), x), saved_bytes(nn.BatchNorm2d(16), x)
+    assert ours <= x.nbytes + 6 * 16 * 4
+    assert ours <= 1.01 * batch_norm
