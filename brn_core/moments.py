@@ -92,6 +92,10 @@ def sample_moments(x: Tensor) -> tuple[Tensor, Tensor | None]:
     Returns:
         mean_NC and var_NC; var_NC is None for (N, C) input, where it would be zero.
     """
+    return _sample_moments(x)
+
+
+def _sample_moments(x: Tensor) -> tuple[Tensor, Tensor | None]:
     dtype = statistics_dtype(x)
     if x.dim() == 2:
         return x.detach().to(dtype), None
@@ -167,9 +171,9 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, *, per_sample: bool = F
     count = x.numel() // x.shape[1]
     if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
         var_C, mean_C = torch.var_mean(x.to(dtype), reduced_dims(x), correction=0)
-        return Moments(mean_C, var_C, count, *(sample_moments(x) if per_sample else (None, None)))
+        return Moments(mean_C, var_C, count, *(_sample_moments(x) if per_sample else (None, None)))
     if _rows_are_faster(x) or (per_sample and (_has_rows(x) or _samples_are_large(x))):
-        mean_NC, var_NC = sample_moments(x)
+        mean_NC, var_NC = _sample_moments(x)
         assert var_NC is not None  # there are positions
         return Moments(*_from_samples(mean_NC, var_NC), count, mean_NC, var_NC)
-    return Moments(*_kernel_moments(x), count, *(sample_moments(x) if per_sample else (None, None)))
+    return Moments(*_kernel_moments(x), count, *(_sample_moments(x) if per_sample else (None, None)))

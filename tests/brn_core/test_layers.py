@@ -154,6 +154,22 @@ def test_masked_virtual_batches_use_each_its_own_mask():
     torch.testing.assert_close(whole[4:], BatchRenorm1d(3)(x[4:], mask[4:]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["(N, C)", "channels_last"])
+def test_with_limits_1_and_0_forward_and_backward_are_batch_norms_to_rounding(layout, dtype):
+    x = torch.randn(16, 5, 6, 6, dtype=dtype) * 3 + 2
+    x = x[..., 0, 0].contiguous() if layout == "(N, C)" else x.contiguous(memory_format=torch.channels_last)
+    ours, theirs = BatchRenorm(5), (nn.BatchNorm1d if layout == "(N, C)" else nn.BatchNorm2d)(5)
+    ours.running_std.uniform_(0.1, 3)
+    dy, xs = torch.randn_like(x), [x.clone().requires_grad_() for _ in range(2)]
+    ys = [ours(xs[0]), theirs(xs[1])]
+    for y in ys:
+        y.backward(dy)
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(*ys, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(xs[0].grad, xs[1].grad, rtol=tolerance, atol=tolerance)
+
+
 # --- observation
 
 
