@@ -265,7 +265,7 @@ class BatchRenorm(nn.Module):
             return self._correction(mu_B, sigma_B)
         mu_K, sigma_K, r_K, d_K = (torch.stack(column) for column in zip(*kept, strict=True))
         distance_K = ((mu_K - mu_B).abs() + (sigma_K - sigma_B).abs()).flatten(1).sum(1)
-        nearest = distance_K.argmin().view(1)
+        nearest = distance_K.nan_to_num_(torch.inf).argmin().view(1)  # argmin takes a NaN for the least
         return r_K.index_select(0, nearest)[0], d_K.index_select(0, nearest)[0]
 
     def _alpha(self) -> float | Tensor:

@@ -492,6 +492,19 @@ def test_checkpointed_forwards_interleaved_before_their_backwards_are_told_apart
     assert torch.equal(std, recomputed_std)
 
 
+def test_a_bad_batch_does_not_spoil_the_checkpointed_batches_after_it():
+    layer = BatchRenorm1d(3, **OPEN)
+    twin = copy.deepcopy(layer)
+    bad = torch.full((4, 3), torch.nan)
+    x, x_twin = (torch.arange(12.0).view(4, 3).requires_grad_() for _ in range(2))
+    checkpoint(layer, bad, use_reentrant=False)
+    twin(bad)
+    checkpoint(layer, x, use_reentrant=False).pow(3).sum().backward()
+    twin(x_twin).pow(3).sum().backward()
+    assert x.grad.isfinite().all()
+    assert torch.equal(x.grad, x_twin.grad)
+
+
 def test_gradient_penalty_through_the_layer_matches_finite_differences():
     torch.manual_seed(3)
     layer = BatchRenorm1d(2, dtype=torch.float64)  # r = 1, d = 0: constant, as a finite difference needs
