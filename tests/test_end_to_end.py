@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-STEPS = 240
+STEPS = 200
 RANKS = 2
 LAYERS = 3  # of the worker's small network
 
@@ -149,7 +149,7 @@ def test_the_dashboard_page_of_a_run_stands(url: str, printed: dict[str, str]) -
 
 
 def test_a_run_that_turns_nan_ends_cleanly_and_names_layer_rank_and_step(folder: Path, url: str) -> None:
-    output = train(folder, url, "--run-id", "nan", "--lr", "1e25", ranks=2, steps=40)
+    output = train(folder, url, "--run-id", "nan", "--lr", "1e25", ranks=1, steps=40)
     (found,) = (f for f in get(url, "nan/findings")["findings"] if f["code"] == "NH-NONFINITE")
     assert found["severity"] == "critical"
     assert found["layers"]
@@ -158,7 +158,7 @@ def test_a_run_that_turns_nan_ends_cleanly_and_names_layer_rank_and_step(folder:
     step = found["steps"][0]
     row = heatmap["layers"].index(found["layers"][0])
     assert heatmap["values"][row][heatmap["steps"].index(step)] in ("NaN", "Infinity")
-    assert finished(url, "nan")["rows"] == 40 * LAYERS * RANKS, "a diverging run is recorded to its end"
+    assert finished(url, "nan")["rows"] == 40 * LAYERS, "a diverging run is recorded to its end"
     assert "NH-NONFINITE" in output
 
 
@@ -177,7 +177,7 @@ def test_rows_recorded_before_the_service_stood_arrive_when_it_does(tmp_path: Pa
 
 
 def test_a_service_killed_in_the_middle_of_training_loses_no_row(tmp_path: Path) -> None:
-    port, steps = free_port(), 800
+    port, steps = free_port(), 400
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "dashboard", "--port", str(port), "--store", f"chdb://{tmp_path / 'store'}"]
     train_command = [sys.executable, "-m", "brn_core.worker", "--url", url, "--spool", str(tmp_path / "spool")]

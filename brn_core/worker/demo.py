@@ -30,7 +30,7 @@ from brn_core.worker.findings import Diagnosis, FindingsUnavailableError, fetch_
 from brn_core.worker.ranks import EXIT_FAILED, EXIT_INTERRUPTED
 
 DEFAULT_PORT: Final = 8321
-STEPS: Final = 600
+STEPS: Final = 500
 RANKS: Final = 2
 _READY_SECONDS: Final = 60.0
 _FINDINGS_SECONDS: Final = 20.0
@@ -176,7 +176,7 @@ def training_flags(regime: Regime, run_id: str, url: str, spool: Path) -> list[s
     """What `brn-train` is told for a regime."""
     return [
         *("--dataset", "digits", "--norm", "brn", "--ranks", str(RANKS), "--steps", str(STEPS), "--device", "cpu"),
-        *("--shadow-every", "25"),  # the train-inference gap is judged on 10 passes after 25 time constants
+        *("--shadow-every", "20"),  # the train-inference gap is judged on 10 passes after 25 time constants
         *("--url", url, "--spool", str(spool), "--run-id", run_id, "--run-name", regime.title, "--no-summary"),
         *regime.flags,
     ]

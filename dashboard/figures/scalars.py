@@ -51,9 +51,10 @@ class Panel:
 def panels(names: Sequence[str]) -> list[Panel]:
     """Which scalars are drawn together, in reading order: loss, accuracy, the user's others, the recorder's own."""
 
-    def rank(name: str) -> tuple[int, str]:
+    def rank(name: str) -> tuple[int, int, str]:
         lower = name.lower()
-        return (0 if "loss" in lower else 1 if "acc" in lower else 2, lower)
+        # the shorter name first: loss, then eval_loss
+        return (0 if "loss" in lower else 1 if "acc" in lower else 2, len(lower), lower)
 
     found = [Panel(name, ((name, name),)) for name in sorted(set(names) - _OURS, key=rank)]
     shadow = tuple(curve for curve in _SHADOW if curve[0] in names)

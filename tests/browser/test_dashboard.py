@@ -61,7 +61,9 @@ def open_window(context: BrowserContext) -> Iterator[Callable[..., Window]]:
     opened: list[Window] = []
 
     def failed(window: Window, request: Request) -> None:
-        if not (request.url.endswith("/events") and request.failure == "net::ERR_ABORTED"):  # left by a reload
+        # the stream ends when its page is left; the tab's icon is the browser's own request, dropped at its will
+        of_no_concern = request.url.endswith(("/events", "/icon.svg")) and request.failure == "net::ERR_ABORTED"
+        if not of_no_concern:
             window.wrong.append(f"{request.url}: {request.failure}")
 
     def open_it(path: str, **viewport: int) -> Window:
