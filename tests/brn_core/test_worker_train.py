@@ -247,7 +247,8 @@ def test_two_ranks_end_with_the_same_network_to_the_last_buffer(tmp_path: Path) 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks' process ids in /proc")
 def test_a_rank_that_dies_ends_the_run_with_one_line_that_names_it(tmp_path: Path) -> None:
     with FakeService() as service:
-        flags = ["--ranks", "2", "--steps", "1000000", "--device", "cpu", "--run-id", "r", "--spool", str(tmp_path)]
+        flags = ["--ranks", "2", "--steps", "1000000", "--device", "cpu", "--dataset", "synthetic"]
+        flags += ["--run-id", "r", "--spool", str(tmp_path)]
         process = subprocess.Popen(
             [sys.executable, "-m", "brn_core.worker", *flags, "--url", service.url],
             stdout=subprocess.PIPE,
