@@ -1,10 +1,11 @@
 """What does Batch Renormalization cost against nn.BatchNorm, and against other implementations of it?
 
-    python benchmarks/layer.py [--rounds 20] [--compile] [--save]
+    python benchmarks/layer.py [--rounds 20] [--compile] [--device cuda] [--save]
 
-Forward and backward of one layer, one thread, process CPU time. All implementations are run in turn in every round,
-and the figure is the median over rounds of the ratio to nn.BatchNorm in the same round: what else the machine does
-then disturbs both. Peers that are not installed are reported as missing. --save writes benchmarks/results/.
+Forward and backward of one layer: process CPU time in one thread, or the device's own time between CUDA events. All
+implementations are run in turn in every round, and the figure is the median over rounds of the ratio to nn.BatchNorm in
+the same round: what else the machine does then disturbs both. Peers (`pip install -e .[bench]`, in an environment of
+its own) that are not installed are reported as missing. --save writes benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import datetime
 import os
 import platform
+import runpy
 import statistics
 import time
 import warnings
@@ -58,11 +60,14 @@ def _torchrl(channels: int, dims: int) -> nn.Module:
 
 
 def _avalanche(channels: int, dims: int) -> nn.Module:
-    from avalanche.models.batch_renorm import BatchRenorm2D
-
     if dims != 4:
         raise NotImplementedError("4-dimensional input only")
-    return BatchRenorm2D(channels)
+    # The file alone: the package imports torchvision, which has to fit torch's build to the letter.
+    package = find_spec("avalanche")
+    assert package is not None
+    assert package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0]) / "models" / "batch_renorm.py"
+    return runpy.run_path(str(file))["BatchRenorm2D"](channels)
 
 
 def _sb3_contrib(channels: int, dims: int) -> nn.Module:
@@ -77,8 +82,18 @@ def _keras(channels: int, dims: int) -> nn.Module:
     os.environ["KERAS_BACKEND"] = "torch"
     import keras
 
-    limits = {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}
-    return keras.layers.BatchNormalization(axis=1, renorm=True, renorm_clipping=limits)
+    class Training(nn.Module):
+        """Keras layers infer unless told at the call."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            limits = {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}
+            self.layer = keras.layers.BatchNormalization(axis=1, renorm=True, renorm_clipping=limits)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, training=True)  # type: ignore[no-any-return]
+
+    return Training()
 
 
 PEERS: dict[str, tuple[str, Callable[[int, int], nn.Module]]] = {
@@ -110,8 +125,16 @@ def candidates(shape: tuple[int, ...]) -> dict[str, nn.Module]:
 
 
 def seconds(layer: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> float:
-    """CPU time of a forward and a backward, the gradients made anew."""
+    """Time of a forward and a backward, the gradients made anew; on the device where `x` is there."""
     x.grad = None
+    if x.is_cuda:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        y = layer(x)
+        y.backward(grad.to(y.dtype))
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
     start = time.process_time()
     y = layer(x)
     y.backward(grad.to(y.dtype))
@@ -119,16 +142,17 @@ def seconds(layer: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> float
 
 
 def measure(
-    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, rounds: int, compiled: bool
+    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, rounds: int, compiled: bool, device: str
 ) -> dict[str, float]:
     """Median milliseconds of BatchNorm, and the median paired ratio of each other layer to it."""
-    x = torch.randn(shape).to(dtype)
+    x = torch.randn(shape, device=device).to(dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
     grad = torch.randn_like(x)
-    layers: dict[str, Callable[[Tensor], Tensor]] = dict(candidates(shape))
+    layers: dict[str, Callable[[Tensor], Tensor]] = {n: m.to(device) for n, m in candidates(shape).items()}
     if compiled:
+        torch._dynamo.reset()  # or the shapes before count against this one's limit of recompilations
         layers = {name: torch.compile(layers[name], fullgraph=True) for name in ("BatchNorm", "ours", "plain formula")}
     rounds *= 1 if x.numel() > 5e6 else 3 if x.numel() > 1e6 else 10
     times: dict[str, list[float]] = {name: [] for name in layers}
@@ -149,26 +173,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="rounds at the largest size; smaller ones get more")
     parser.add_argument("--compile", action="store_true", help="compare under torch.compile")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/layer-<date>.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
 
-    missing = [name for name, (module, _) in PEERS.items() if find_spec(module) is None]
-    columns = ["BatchNorm ms", "ours", "ours, observed", "plain formula", *(n for n in PEERS if n not in missing)]
-    if args.compile:
-        columns = ["BatchNorm ms", "ours", "plain formula"]
-    command = "python benchmarks/layer.py" + f" --rounds {args.rounds}" + (" --compile" if args.compile else "")
+    missing = [name for name, (module, _) in PEERS.items() if args.compile or find_spec(module) is None]
+    columns = ["BatchNorm ms", "ours", *(["ours, observed"] if not args.compile else []), "plain formula"]
+    columns += [name for name in PEERS if name not in missing]
+    cuda = args.device == "cuda"
+    options = f" --rounds {args.rounds}" + " --compile" * args.compile + " --device cuda" * cuda
+    machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} CPUs"
+    timing = "Time between CUDA events" if cuda else "One thread, process CPU time"
     load = os.getloadavg()[0]
     lines = [
         f"# Layer cost{', compiled' if args.compile else ''}: forward and backward, ratio to nn.BatchNorm",
         "",
-        f"`{command}`, {datetime.date.today()}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{platform.machine()}, {os.cpu_count()} CPUs, load {load:.1f} at the start.",
+        f"`python benchmarks/layer.py{options}`, {datetime.date.today()}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {machine}, load {load:.1f} at the start.",
         "",
-        "One thread, process CPU time, layers interleaved, median of paired per-round ratios. CL = channels_last.",
-        f"Peers not installed, so not measured: {', '.join(missing) or 'none'}. GPU: not measured.",
+        f"{timing}, layers interleaved, median of paired per-round ratios. CL = channels_last.",
+        f"Peers not {'compiled' if args.compile else 'installed'}, so not measured: {', '.join(missing) or 'none'}."
+        + " GPU: not measured." * (not cuda),
         "",
         "| input | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",
@@ -177,12 +205,12 @@ def main() -> None:
     for shape in SHAPES:
         for channels_last in (False, True) if len(shape) == 4 else (False,):
             for dtype in (torch.float32, torch.bfloat16):
-                row = measure(shape, dtype, channels_last, args.rounds, args.compile)
+                row = measure(shape, dtype, channels_last, args.rounds, args.compile, args.device)
                 label = f"{shape} {'CL ' if channels_last else ''}{str(dtype).removeprefix('torch.')}"
                 lines.append(f"| {label} | " + " | ".join(f"{row[c]:.2f}" if c in row else "-" for c in columns) + " |")
                 print(lines[-1], flush=True)
     if args.save:
-        kind = "-compiled" if args.compile else ""
+        kind = "-compiled" * args.compile + "-cuda" * cuda
         path = Path(__file__).parent / "results" / f"layer{kind}-{datetime.date.today()}.md"
         path.write_text("\n".join(lines) + "\n")
         print(f"\nwritten to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

@@ -12,7 +12,8 @@ C channels, G microbatches).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from brn_core.distributed import merge_moments, sum_over_ranks
 from brn_core.moments import (
-    Moments,
     as_dtype,
     batch_moments,
     per_channel,
@@ -42,11 +42,12 @@ __all__ = [
     "update_",
 ]
 
+# Overloads, not packets: finding the overload takes as long as a small operator.
+_NORMALIZE: Final = torch.ops.aten.native_batch_norm.default
+_NORMALIZE_BACKWARD: Final = torch.ops.aten.native_batch_norm_backward.default
+
 Stat = Literal["std", "var"]
 """What the moving average is taken of: sigma_B (the paper) or sigma_B² (most other implementations)."""
-
-Correct = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(mu_B, sigma_B) -> (r, d), each (C,) or (G, C)."""
 
 
 class Observation(NamedTuple):
@@ -73,19 +74,25 @@ class Observation(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What a training forward learned about its batch; for the moving update and for whoever watches.
+    """What a training forward learned about its batch, before normalizing it.
 
     Attributes:
-        mu_B, sigma_B: (C,), averaged over microbatches where there are several.
-        valid: (C,) bool, where they may enter the moving statistics: finite, and from more than one element.
+        mu_B, sigma_B: (C,), or (G, C) with G microbatches.
+        elements: m, elements per channel they are of; (C,) or (G, C) where a mask or ranks may give channels
+            different counts.
         mean_NC, var_NC: per-sample moments, where they were asked for.
     """
 
     mu_B: Tensor
     sigma_B: Tensor
-    valid: Tensor
+    elements: int | Tensor
     mean_NC: Tensor | None
     var_NC: Tensor | None
+
+
+Correct = Callable[[Statistics], tuple[Tensor, Tensor]]
+"""Answers (r, d), shaped as mu_B. Called once a forward, without gradients, and free to move mu and sigma then:
+backward needs no more of them than r and d."""
 
 
 def correction(
@@ -120,8 +127,14 @@ def _opaque_correction(
     """`correction` as one node of a compiled graph, which is saved for backward and never computed there again.
 
     torch's partitioner computes cheap pointwise work anew in backward; from mu and sigma, which the forward has moved
-    by then, r and d come out wrong. It leaves alone what it does not know.
+    by then, r and d come out wrong. It leaves alone what it does not know, except inside an activation checkpoint.
     """
+    if in_backward():
+        raise RuntimeError(
+            "BatchRenorm runs a second time in backward, in a compiled region: an activation checkpoint would get "
+            "r and d from moving statistics that the forward has moved, and wrong gradients. "
+            "Keep the layer out of the checkpoint, or the checkpoint out of torch.compile"
+        )
     return correction(mu_B, sigma_B, mu, sigma, r_min, r_max, d_max)
 
 
@@ -132,19 +145,32 @@ def _(
     return torch.empty_like(mu_B), torch.empty_like(mu_B)
 
 
-class _Batch(NamedTuple):
-    """What normalizing a batch depends on beside tensors of the graph.
+def in_backward() -> bool:
+    """Whether the autograd engine is running on this thread: a forward then is a checkpoint's second run."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class _Measured(NamedTuple):
+    """All that normalizing a batch depends on, beside the batch: (C,) each.
 
     Attributes:
-        eps: added to the variance inside the root.
-        elements: m, elements per channel that mean and variance are of.
-        synced: whether these are all ranks' elements.
-        group: the ranks; the default process group if None.
+        mean, var: of the batch.
+        sigma: sqrt(var + eps).
+        r, d: the correction.
+        elements: m, elements per channel that they are of.
     """
 
-    eps: float
+    mean: Tensor
+    var: Tensor
+    sigma: Tensor
+    r: Tensor
+    d: Tensor
     elements: int | Tensor
-    synced: bool
+
+
+class _Ranks(NamedTuple):
+    """That a batch is spread over ranks, and which; the default process group if None."""
+
     group: dist.ProcessGroup | None
 
 
@@ -161,17 +187,16 @@ class _Normalize(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        sigma: Tensor,
-        r: Tensor,
-        d: Tensor,
+        measure: _Measured | Callable[[Tensor], _Measured],
         mask: Tensor | None,
-        batch: _Batch,
+        eps: float,
+        ranks: _Ranks | None,
     ) -> Tensor:
         # Not in setup_context: with one, torch inspects this signature at every call, at the cost of all the rest.
+        # Measuring in here rather than before saves switching gradients off and on, a tenth of a small layer's cost.
+        mean, var, sigma, r, d, elements = measure(x) if callable(measure) else measure
         ctx.save_for_backward(x, weight, mean, sigma, r, d, mask)
-        ctx.batch = batch
+        ctx.eps, ctx.ranks, ctx.elements = eps, ranks, elements
         gamma = None if weight is None else as_dtype(weight, mean.dtype)
         beta = None if bias is None else as_dtype(bias, mean.dtype)
         scale = r if gamma is None else gamma * r
@@ -183,33 +208,32 @@ class _Normalize(torch.autograd.Function):
             y = (x - per_channel(mean, x)) * per_channel(scale / sigma, x) + per_channel(shift, x)
             y = y.to(x.dtype)
             return y if mask is None else torch.where(mask, y, torch.zeros((), dtype=y.dtype, device=y.device))
-        if x.device.type == "cuda":  # one kernel, any memory format; eval-mode native_batch_norm takes three here
-            y = torch.ops.aten.batch_norm_elemt(x, scale, shift, mean, sigma.reciprocal(), batch.eps)
+        if x.is_cuda:  # one kernel, any memory format; eval-mode native_batch_norm takes three here
+            y = torch.ops.aten.batch_norm_elemt(x, scale, shift, mean, sigma.reciprocal(), eps)
         else:
-            y = torch.ops.aten.native_batch_norm(x, scale, shift, mean, var, False, 0.0, batch.eps)[0]
+            y = _NORMALIZE(x, scale, shift, mean, var, False, 0.0, eps)[0]
         return y  # type: ignore[no-any-return]  # torch.ops is untyped
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, sigma, r, d, mask = ctx.saved_tensors
-        batch: _Batch = ctx.batch
         scale = r if weight is None else as_dtype(weight, r.dtype) * r
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        if _kernels_apply(x, mask) and not batch.synced:
-            dx, dz, db = torch.ops.aten.native_batch_norm_backward(
-                grad, x, scale, None, None, mean, sigma.reciprocal(), True, batch.eps,
+        if _kernels_apply(x, mask) and ctx.ranks is None:
+            dx, dz, db = _NORMALIZE_BACKWARD(
+                grad, x, scale, None, None, mean, sigma.reciprocal(), True, ctx.eps,
                 [need_x, need_weight, need_weight or need_bias],
             )  # fmt: skip
         else:
-            dx, dz, db = _backward(grad, x, scale, mean, sigma, mask, batch)
+            dx, dz, db = _backward(grad, x, scale, mean, sigma, mask, ctx.eps, ctx.elements, ctx.ranks)
         # xhat = z r + d, so sum(dy xhat) = r sum(dy z) + d sum(dy)
         dweight = torch.addcmul(r * dz, d, db) if need_weight else None
-        return dx, dweight, db if need_bias else None, None, None, None, None, None, None, None
+        return dx, dweight, db if need_bias else None, None, None, None, None
 
 
 def _kernels_apply(x: Tensor, mask: Tensor | None) -> bool:
     """Whether torch's batch-norm kernels can do it; the compiler makes better code of the plain formula."""
-    return mask is None and x.device.type in ("cpu", "cuda") and x.numel() > 0 and not torch.compiler.is_compiling()
+    return mask is None and (x.is_cpu or x.is_cuda) and x.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def _backward(
@@ -219,25 +243,27 @@ def _backward(
     mean: Tensor,
     sigma: Tensor,
     mask: Tensor | None,
-    batch: _Batch,
+    eps: float,
+    elements: int | Tensor,
+    ranks: _Ranks | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, sum(dy z) and sum(dy); the sums are this rank's own, as the gradients of gamma and beta are."""
     dims, dtype = reduced_dims(x), mean.dtype
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: a second derivative follows
-        if batch.synced:
+        if ranks is not None:
             raise RuntimeError(
                 'sync="moments" has no second derivative: it would need collectives inside it; '
                 'use sync="none" or sync="ema" where gradients of gradients are taken'
             )
-        mean, sigma = _differentiable_moments(x.to(dtype), mask, batch.eps)
+        mean, sigma = _differentiable_moments(x.to(dtype), mask, eps)
     z = (x - per_channel(mean, x)) / per_channel(sigma, x)
     dy = grad.to(dtype)
     if mask is not None:
         zero = torch.zeros((), dtype=dtype, device=x.device)
         z, dy = torch.where(mask, z, zero), torch.where(mask, dy, zero)
     dz, db = (dy * z).sum(dims), dy.sum(dims)
-    dz_all, db_all = sum_over_ranks((dz, db), batch.group) if batch.synced else (dz, db)
-    m = batch.elements.clamp(min=1) if isinstance(batch.elements, Tensor) else batch.elements
+    dz_all, db_all = (dz, db) if ranks is None else sum_over_ranks((dz, db), ranks.group)
+    m = elements.clamp(min=1) if isinstance(elements, Tensor) else elements
     dx = (dy - per_channel(db_all / m, x) - z * per_channel(dz_all / m, x)) * per_channel(scale / sigma, x)
     if mask is not None:
         dx = torch.where(mask, dx, zero)
@@ -269,37 +295,47 @@ def renormalize(
     synced: bool = False,
     group: dist.ProcessGroup | None = None,
     per_sample: bool = False,
-) -> tuple[Tensor, Statistics]:
-    """The training forward without its moving update: a pure function of its arguments.
+) -> Tensor:
+    """The training forward: measure, correct, normalize. What moves mu and sigma is `correct`.
 
     Args:
         x: (N, C, *).
         weight: (C,) gamma, or None for 1.
         bias: (C,) beta, or None for 0.
-        correct: (mu_B, sigma_B) -> (r, d), called once without gradients; (G, C) tensors if microbatches > 1.
+        correct: Statistics -> (r, d), called once, without gradients.
         eps: added to the variance inside the root.
         mask: bool, broadcastable to x. Elements under False take no part, and come out as 0.
         microbatches: G; the batch is split along N into G parts, each normalized with its own statistics.
         synced: moments over all ranks of `group`. Every rank must call, a rank without samples too.
         group: the ranks; the default process group if None.
-        per_sample: fill the per-sample moments of the answer.
+        per_sample: fill the per-sample moments of the Statistics.
 
     Returns:
-        y with x's shape, dtype and memory format, and the Statistics of the batch.
+        y with x's shape, dtype and memory format.
     """
     if microbatches > 1:
         assert not synced  # splitting a batch and joining it with others' contradict each other
         return _in_microbatches(x, weight, bias, correct, eps, mask, microbatches, per_sample)
-    with torch.no_grad():
-        moments = batch_moments(x, mask, per_sample=per_sample)
-        if synced:
-            moments = merge_moments(moments, group)
-        sigma_B = (moments.var_C + eps).sqrt_()
-        r, d = correct(moments.mean_C, sigma_B)
-        statistics = Statistics(moments.mean_C, sigma_B, _valid(sigma_B, moments), moments.mean_NC, moments.var_NC)
-    batch = _Batch(eps, moments.elements, synced, group)
-    y = _Normalize.apply(x, weight, bias, moments.mean_C, moments.var_C, sigma_B, r, d, mask, batch)  # type: ignore[no-untyped-call]
-    return y, statistics
+    ranks = _Ranks(group) if synced else None
+    measure = partial(_measure, correct=correct, mask=mask, eps=eps, ranks=ranks, per_sample=per_sample)
+    if torch.compiler.is_compiling():  # which does not follow a change of buffers into an autograd.Function
+        with torch.no_grad():
+            measured = measure(x)
+        y: Tensor = _Normalize.apply(x, weight, bias, measured, mask, eps, ranks)  # type: ignore[no-untyped-call]
+        return y
+    return _Normalize.apply(x, weight, bias, measure, mask, eps, ranks)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _measure(
+    x: Tensor, correct: Correct, mask: Tensor | None, eps: float, ranks: _Ranks | None, per_sample: bool
+) -> _Measured:
+    moments = batch_moments(x, mask, per_sample=per_sample)
+    if ranks is not None:
+        moments = merge_moments(moments, ranks.group)
+    mean_C, var_C, elements, mean_NC, var_NC = moments
+    sigma_C = (var_C + eps).sqrt_()
+    r, d = correct(Statistics(mean_C, sigma_C, elements, mean_NC, var_NC))
+    return _Measured(mean_C, var_C, sigma_C, r, d, elements)
 
 
 def _in_microbatches(
@@ -311,8 +347,8 @@ def _in_microbatches(
     mask: Tensor | None,
     microbatches: int,
     per_sample: bool,
-) -> tuple[Tensor, Statistics]:
-    """`renormalize`, each part of the batch for itself; the statistics are the mean of theirs."""
+) -> Tensor:
+    """`renormalize`, each part of the batch for itself."""
     parts = x.tensor_split(microbatches)
     require_spread(parts[-1])  # the smallest
     masks: Sequence[Tensor | None] = [None] * microbatches
@@ -322,41 +358,35 @@ def _in_microbatches(
         moments = [batch_moments(p, m, per_sample=per_sample) for p, m in zip(parts, masks, strict=True)]
         mu_GC = torch.stack([m.mean_C for m in moments])
         sigma_GC = torch.stack([(m.var_C + eps).sqrt_() for m in moments])
-        r_GC, d_GC = correct(mu_GC, sigma_GC)
-        valid_GC = torch.stack([_valid(sigma, m) for sigma, m in zip(sigma_GC, moments, strict=True)])
-    y = torch.cat(
+        counts = [m.elements for m in moments if isinstance(m.elements, Tensor)]
+        means = [m.mean_NC for m in moments if m.mean_NC is not None]
+        variances = [m.var_NC for m in moments if m.var_NC is not None]
+        r_GC, d_GC = correct(
+            Statistics(
+                mu_GC,
+                sigma_GC,
+                torch.stack(counts) if counts else parts[-1].numel() // parts[-1].shape[1],
+                torch.cat(means) if means else None,
+                torch.cat(variances) if variances else None,
+            )
+        )
+    return torch.cat(
         [
             _Normalize.apply(  # type: ignore[no-untyped-call]
-                part, weight, bias, m.mean_C, m.var_C, sigma, r, d, part_mask, _Batch(eps, m.elements, False, None)
+                part, weight, bias, _Measured(m.mean_C, m.var_C, sigma, r, d, m.elements), part_mask, eps, None
             )
             for part, part_mask, m, sigma, r, d in zip(parts, masks, moments, sigma_GC, r_GC, d_GC, strict=True)
         ]
     )
-    means = [m.mean_NC for m in moments if m.mean_NC is not None]
-    variances = [m.var_NC for m in moments if m.var_NC is not None]
-    return y, Statistics(
-        mu_GC.mean(0),
-        sigma_GC.mean(0),
-        valid_GC.all(0),
-        torch.cat(means) if means else None,
-        torch.cat(variances) if variances else None,
-    )
 
 
-def _valid(sigma_B: Tensor, moments: Moments) -> Tensor:
-    """Channels whose statistics are finite and of more than one element."""
-    finite = sigma_B < torch.inf  # False for NaN too
-    return finite & (moments.elements > 1) if isinstance(moments.elements, Tensor) else finite
-
-
-@torch.no_grad()
 def update_(
     running_mean: Tensor, running_std: Tensor, statistics: Statistics, alpha: float | Tensor, stat: Stat = "std"
 ) -> None:
-    """Moving update mu += alpha (mu_B - mu), sigma += alpha (sigma_B - sigma), in place, in valid channels.
+    """Moving update mu += alpha (mu_B - mu), sigma += alpha (sigma_B - sigma), in place; call it without gradients.
 
     A channel with a NaN or an infinity in the batch keeps its statistics: one bad sample would otherwise
-    stay in them for good.
+    stay in them for good. So does one with fewer than two elements. Microbatches enter with their mean.
 
     Args:
         running_mean: (C,) mu, changed in place.
@@ -365,14 +395,23 @@ def update_(
         alpha: weight of the new batch, a number or a 0-dim tensor.
         stat: "var" averages sigma_B² instead and keeps its root, as implementations with a moving variance do.
     """
-    valid = statistics.valid
-    mu_B = torch.where(valid, as_dtype(statistics.mu_B, running_mean.dtype), running_mean)
-    sigma_B = torch.where(valid, as_dtype(statistics.sigma_B, running_std.dtype), running_std)
-    running_mean.lerp_(mu_B, alpha)
-    if stat == "std":
-        running_std.lerp_(sigma_B, alpha)
-    else:
-        running_std.square_().lerp_(sigma_B.square(), alpha).sqrt_()
+    mu_B, sigma_B, elements = statistics[:3]
+    if mu_B.dim() > 1:
+        mu_B, sigma_B = mu_B.mean(0), sigma_B.mean(0)
+        elements = elements.amin(0) if isinstance(elements, Tensor) else elements
+    if stat == "var":
+        running_std.square_()
+        sigma_B = sigma_B.square()
+    for running, new in ((running_mean, mu_B), (running_std, sigma_B)):
+        step = (new - running).nan_to_num_(0.0, 0.0, 0.0)
+        if isinstance(elements, Tensor):
+            step *= elements > 1
+        if isinstance(alpha, Tensor):
+            running.add_(step * alpha)
+        else:
+            running.add_(step, alpha=alpha)
+    if stat == "var":
+        running_std.sqrt_()
 
 
 def inference(
@@ -443,12 +482,12 @@ def batch_renorm(
     r_min = 1 / r_max if r_min is None else r_min
     limits = [torch.as_tensor(v, dtype=statistics_dtype(x), device=x.device) for v in (r_min, r_max, d_max)]
 
-    def correct(mu_B: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
-        return correction(mu_B, sigma_B, running_mean, running_std, *limits)
+    def correct(statistics: Statistics) -> tuple[Tensor, Tensor]:
+        r, d = correction(statistics.mu_B, statistics.sigma_B, running_mean, running_std, *limits)
+        update_(running_mean, running_std, statistics, momentum)
+        return r, d
 
-    y, statistics = renormalize(x, weight, bias, correct, eps, mask=mask)
-    update_(running_mean, running_std, statistics, momentum)
-    return y
+    return renormalize(x, weight, bias, correct, eps, mask=mask)
 
 
 def require_spread(x: Tensor) -> None:

@@ -10,7 +10,8 @@ import copy
 import warnings
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Literal, get_args
+from functools import partial
+from typing import Any, Final, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from brn_core.functional import (
     Stat,
     Statistics,
     correction,
+    in_backward,
     inference,
     renormalize,
     require_spread,
@@ -221,17 +223,12 @@ class BatchRenorm(nn.Module):
         if mask is not None and mask.dim() == x.dim() - 1:
             mask = mask.unsqueeze(1)
         size = self.virtual_batch_size
-        recomputing = _in_backward() and bool(self._corrections)
-        correct = self._correction
-        if recomputing:
-            correct = self._recorded_correction
-        elif _may_run_again():
-            correct = self._correction_to_record
-        y, statistics = renormalize(
+        return renormalize(
             x,
             self.weight,
             self.bias,
-            correct,
+            # asked here: inside the autograd function gradients are always off
+            partial(self._correct, may_run_again=_may_run_again()),
             self.eps,
             mask=mask,
             microbatches=1 if size is None else max(1, x.shape[0] // size),
@@ -239,30 +236,38 @@ class BatchRenorm(nn.Module):
             group=self.process_group,
             per_sample=self.observe,
         )
-        if not recomputing:
-            if self.observe:
-                self._keep_observation(statistics)
-            update_(self.running_mean, self.running_std, statistics, self._alpha(), self.stat)
-            self.num_batches_tracked.add_(1)
-        return y
 
-    def _correction(self, mu_B: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
-        mu, sigma = as_dtype(self.running_mean, mu_B.dtype), as_dtype(self.running_std, mu_B.dtype)
-        return correction(mu_B, sigma_B, mu, sigma, self.r_min, self.r_max, self.d_max)
-
-    def _correction_to_record(self, mu_B: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
-        r, d = self._correction(mu_B, sigma_B)
-        self._corrections.appendleft((mu_B, sigma_B, r, d))
+    def _correct(self, statistics: Statistics, *, may_run_again: bool) -> tuple[Tensor, Tensor]:
+        """The correction of this batch; then mu and sigma move, unless an activation checkpoint runs again."""
+        # Not as attributes: each is a call of Module.__getattr__, and six of them a tenth of a small layer's forward.
+        buffers = cast("dict[str, Tensor]", self._buffers)
+        mu, sigma = buffers["running_mean"], buffers["running_std"]
+        limits = buffers["r_min"], buffers["r_max"], buffers["d_max"]
+        mu_B, sigma_B = statistics.mu_B, statistics.sigma_B
+        recomputing = in_backward() and bool(self._corrections)
+        recorded = self._recorded_correction(mu_B, sigma_B) if recomputing else None
+        if recorded is not None:
+            return recorded
+        r, d = correction(mu_B, sigma_B, as_dtype(mu, mu_B.dtype), as_dtype(sigma, mu_B.dtype), *limits)
+        if recomputing:
+            return r, d
+        if may_run_again:
+            self._corrections.appendleft((mu_B, sigma_B, r, d))
+        if self.observe:
+            self._keep_observation(statistics)
+        update_(mu, sigma, statistics, self._alpha(), self.stat)
+        buffers["num_batches_tracked"].add_(1)
         return r, d
 
-    def _recorded_correction(self, mu_B: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _recorded_correction(self, mu_B: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor] | None:
         """The r and d of the forward that an activation checkpoint repeats now, before mu and sigma moved.
 
-        Which one it was is told by its batch statistics, without a host sync; the latest of equals.
+        Which one it was is told by its batch statistics, without a host sync; the latest of equals. None if no
+        recorded forward can be it.
         """
         kept = [entry for entry in self._corrections if entry[0].shape == mu_B.shape and entry[0].dtype == mu_B.dtype]
         if not kept:
-            return self._correction(mu_B, sigma_B)
+            return None
         mu_K, sigma_K, r_K, d_K = (torch.stack(column) for column in zip(*kept, strict=True))
         distance_K = ((mu_K - mu_B).abs() + (sigma_K - sigma_B).abs()).flatten(1).sum(1)
         nearest = distance_K.nan_to_num_(torch.inf).argmin().view(1)  # argmin takes a NaN for the least
@@ -277,12 +282,16 @@ class BatchRenorm(nn.Module):
 
     def _keep_observation(self, statistics: Statistics) -> None:
         assert statistics.mean_NC is not None  # asked for by per_sample
+        mu_B, sigma_B = statistics.mu_B, statistics.sigma_B
+        if mu_B.dim() > 1:  # microbatches
+            mu_B, sigma_B = mu_B.mean(0), sigma_B.mean(0)
+        buffers = cast("dict[str, Tensor]", self._buffers)  # get_buffer costs more than the copy
         self.observed = Observation(
             statistics.mean_NC,
             statistics.var_NC,
-            statistics.mu_B,
-            statistics.sigma_B,
-            *(self.get_buffer(name).clone() for name in (*_STATISTICS, *_LIMITS)),
+            mu_B,
+            sigma_B,
+            *(buffers[name].clone() for name in (*_STATISTICS, *_LIMITS)),
         )
 
     def _check_input(self, x: Tensor) -> None:
@@ -384,11 +393,6 @@ def _check(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _in_backward() -> bool:
-    """Whether the autograd engine is running on this thread: a forward then is a checkpoint's second run."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 def _may_run_again() -> bool:
     """Whether this forward may be an activation checkpoint's first run.
 
@@ -414,8 +418,8 @@ def convert_batchnorm(model: nn.Module, **kwargs: Any) -> nn.Module:
         The model, or the new layer if `model` is a BatchNorm.
 
     Raises:
-        ValueError: a BatchNorm without moving statistics (it has no inference output to keep), or a lazy one that
-            has not seen its first batch.
+        ValueError: a BatchNorm without moving statistics (it has no inference output to keep), a lazy one that has
+            not seen its first batch, or a subclass with a forward of its own.
     """
     return _replace(
         model, lambda m: _from_batchnorm(m, kwargs) if isinstance(m, nn.modules.batchnorm._BatchNorm) else None
@@ -465,6 +469,11 @@ def _from_batchnorm(old: nn.modules.batchnorm._BatchNorm, kwargs: dict[str, Any]
     kind = next((new for new, bn in _BATCHNORM_OF.items() if isinstance(old, bn)), None)
     if kind is None:
         return None  # someone's own kind of batch normalization
+    if type(old).forward not in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward):
+        raise ValueError(
+            f"{type(old).__name__} has a forward of its own, which may do more than normalize (timm's applies an "
+            "activation): replace it by hand, by BatchRenorm and what it does besides"
+        )
     if old.running_mean is None or old.running_var is None:
         raise ValueError(
             f"{old} keeps no moving statistics, so there is no inference output to keep; "

@@ -14,6 +14,16 @@ from torch import Tensor
 # Added to the variance by group_norm, which answers 1 / sqrt(var + eps): far below any float32 variance that counts.
 _TINY: Final = 1e-30
 
+_SIXTEEN_BITS: Final = (torch.bfloat16, torch.float16)
+
+# Positions up to which a product with a vector beats the kernels for rows, on CPU. Batch moments never come from rows
+# this short (`_batch_from_samples_pays`), so nothing of training depends on it.
+_SHORT_ROW: Final = 32
+
+# Overloads, not packets: finding the overload takes as long as a small operator.
+_STATISTICS: Final = torch.ops.aten.batch_norm_update_stats.default
+_ROWS: Final = torch.ops.aten.native_group_norm.default
+
 
 class Moments(NamedTuple):
     """Moments of one batch.
@@ -56,10 +66,10 @@ def per_channel(v_C: Tensor, x: Tensor) -> Tensor:
 def _kernel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel by batch norm's own statistics kernel, one read of `x`."""
     running_mean, running_var = None, None
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+    if x.is_cpu and x.dtype in _SIXTEEN_BITS:
         # On CPU the answer has the dtype of the running buffers (what they hold is unused), or of x without any.
-        running_mean, running_var = torch.empty(2, x.shape[1], dtype=torch.float32)
-    mean, var = torch.ops.aten.batch_norm_update_stats(x, running_mean, running_var, 0.0)
+        running_mean = running_var = torch.empty(x.shape[1], dtype=torch.float32)
+    mean, var = _STATISTICS(x, running_mean, running_var, 0.0)
     return mean, var
 
 
@@ -68,18 +78,21 @@ def _has_rows(x: Tensor) -> bool:
     return x.dim() > 2 and x.is_contiguous()
 
 
-def _rows_are_faster(x: Tensor) -> bool:
-    """Whether batch moments from per-sample moments cost less than batch norm's own statistics kernel.
+def _samples_have(elements: int, x: Tensor) -> bool:
+    """Whether each sample has so much work on CPU that the 10 us of a kernel call for it count for little."""
+    return x.dim() > 2 and x.is_cpu and x.shape[1:].numel() >= elements
 
-    On CPU that kernel is not vectorised for contiguous float input: the row kernel takes 0.4 of its time at
-    (32, 64, 56, 56). `benchmarks/layer.py` measures the layer as a whole.
+
+def _batch_from_samples_pays(x: Tensor) -> bool:
+    """Whether batch moments from per-sample moments cost no more than batch norm's own statistics kernel.
+
+    On CPU that kernel is not vectorised for contiguous float input: rows take half its time at (32, 256, 14, 14),
+    as long at 200,000 elements, and lose where rows are short. In other layouts large samples cost the same one by
+    one. `benchmarks/layer.py` measures the layer as a whole.
     """
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and _has_rows(x)
-
-
-def _samples_are_large(x: Tensor) -> bool:
-    """Whether one kernel call a sample costs about as much as one for the batch: its 10 us vanish in the work."""
-    return x.dim() > 2 and x.device.type == "cpu" and x.shape[1:].numel() >= 16_384
+    if not x.is_cpu or x.dtype in _SIXTEEN_BITS or x.numel() < 1 << 18:
+        return False
+    return x.numel() >= 32 * x.shape[0] * x.shape[1] if _has_rows(x) else _samples_have(131_072, x)
 
 
 @torch.no_grad()
@@ -101,18 +114,18 @@ def _sample_moments(x: Tensor) -> tuple[Tensor, Tensor | None]:
         return x.detach().to(dtype), None
     if not torch.compiler.is_compiling() and _has_rows(x):
         N, C = x.shape[:2]
-        if _rows_are_faster(x):
-            _, mean_NC, inverse_std_NC = torch.ops.aten.native_group_norm(
-                x, None, None, N, C, x.numel() // (N * C), C, _TINY
-            )
+        if x.is_cpu and x.numel() < _SHORT_ROW * N * C:
+            return _short_row_moments(x)
+        if x.is_cpu and x.dtype not in _SIXTEEN_BITS:  # vectorised, where batch norm's kernel is not
+            _, mean_NC, inverse_std_NC = _ROWS(x, None, None, N, C, x.numel() // (N * C), C, _TINY)
             return mean_NC, inverse_std_NC.pow_(-2)
         mean, var = _kernel_moments(x.view(1, N * C, -1))  # N*C channels of one sample
         return mean.view(N, C), var.view(N, C)
-    if not torch.compiler.is_compiling() and _samples_are_large(x):
+    if not torch.compiler.is_compiling() and _samples_have(32_768, x):  # from there on faster than what follows
         means, variances = zip(*(_kernel_moments(sample) for sample in x.tensor_split(x.shape[0])), strict=True)
         return torch.stack(means), torch.stack(variances)
     positions = tuple(range(2, x.dim()))
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or not x.is_cpu:
         var_NC, mean_NC = torch.var_mean(x.to(dtype), positions, correction=0)
         return mean_NC, var_NC
     # var_mean is slow on CPU (3-5 times this); the pivot keeps the cancellation harmless.
@@ -122,11 +135,21 @@ def _sample_moments(x: Tensor) -> tuple[Tensor, Tensor | None]:
     return mean_NC, (spread_NC - (mean_NC - pivot_C).square_()).clamp_(min=0)
 
 
+def _short_row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-sample moments where there are few positions: the kernels for rows then spend their time between rows."""
+    N, C = x.shape[:2]
+    rows = as_dtype(x.reshape(N * C, -1), statistics_dtype(x))
+    weights = rows.new_full((rows.shape[1],), 1 / rows.shape[1])
+    mean = torch.mv(rows, weights)
+    var = torch.mv((rows - mean.unsqueeze(1)).square_(), weights)
+    return mean.view(N, C), var.view(N, C)
+
+
 def _from_samples(mean_NC: Tensor, var_NC: Tensor) -> tuple[Tensor, Tensor]:
     """Chan's formula for samples of equal size: within-sample plus between-sample variance."""
-    mean_C = mean_NC.mean(0)
-    between_C = (mean_NC - mean_C).square_().mean(0)
-    return mean_C, var_NC.mean(0).add_(between_C)
+    mean_C, between_C = _kernel_moments(mean_NC)
+    within_C, _ = _kernel_moments(var_NC)  # one kernel where mean() is three
+    return mean_C, between_C.add_(within_C)
 
 
 def _masked_moments(x: Tensor, mask: Tensor, per_sample: bool) -> Moments:
@@ -155,8 +178,8 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, *, per_sample: bool = F
     Args:
         x: (N, C, *); may be empty (zeros, count 0).
         mask: bool, broadcastable to x; only elements under True count.
-        per_sample: also answer the per-sample moments. Where the batch moments are taken from them anyway
-            (contiguous input; large samples of any layout on CPU) that costs nothing.
+        per_sample: also answer the per-sample moments. Where the batch moments are taken from them anyway that costs
+            nothing; elsewhere one more read. The batch moments are the same to the bit either way.
 
     Returns:
         Moments. A sample without any element under the mask gets the batch mean as its mean.
@@ -169,10 +192,10 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, *, per_sample: bool = F
     if mask is not None:
         return _masked_moments(x, mask, per_sample)
     count = x.numel() // x.shape[1]
-    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
+    if torch.compiler.is_compiling() or not (x.is_cpu or x.is_cuda):
         var_C, mean_C = torch.var_mean(x.to(dtype), reduced_dims(x), correction=0)
         return Moments(mean_C, var_C, count, *(_sample_moments(x) if per_sample else (None, None)))
-    if _rows_are_faster(x) or (per_sample and (_has_rows(x) or _samples_are_large(x))):
+    if _batch_from_samples_pays(x):
         mean_NC, var_NC = _sample_moments(x)
         assert var_NC is not None  # there are positions
         return Moments(*_from_samples(mean_NC, var_NC), count, mean_NC, var_NC)

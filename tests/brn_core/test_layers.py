@@ -4,6 +4,7 @@ import pickle
 import warnings
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -190,8 +191,12 @@ def test_observed_holds_the_statistics_of_the_forward_before_its_update(shape):
     assert (float(seen.r_max), float(seen.d_max)) == (3, 5)
 
 
-def test_observing_changes_nothing_and_is_off_by_default():
-    x = torch.randn(5, 3, 4, 4)
+@pytest.mark.parametrize("shape", [(5, 3, 4, 4), (4, 3, 224, 224)])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_observing_changes_nothing_and_is_off_by_default(shape, channels_last, dtype):
+    x = torch.randn(shape, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     plain, observing = BatchRenorm2d(3), BatchRenorm2d(3)
     observing.observe = True
     assert torch.equal(plain(x), observing(x))
@@ -492,6 +497,13 @@ def test_checkpointed_forwards_interleaved_before_their_backwards_are_told_apart
     assert torch.equal(std, recomputed_std)
 
 
+def test_nothing_is_kept_for_a_second_run_that_cannot_come():
+    layer = BatchRenorm2d(3)
+    for _ in range(2):
+        layer(torch.randn(4, 3, 2, 2)).sum().backward()
+    assert not layer._corrections
+
+
 def test_a_bad_batch_does_not_spoil_the_checkpointed_batches_after_it():
     layer = BatchRenorm1d(3, **OPEN)
     twin = copy.deepcopy(layer)
@@ -597,9 +609,20 @@ def test_convert_leaves_instance_norm_alone():
     assert type(convert_batchnorm(model)[0]) is nn.InstanceNorm1d
 
 
+class NormAct(nn.BatchNorm1d):
+    """With its activation in it, as timm has them."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
-    [(nn.BatchNorm1d(3, track_running_stats=False), "no moving statistics"), (nn.LazyBatchNorm1d(), "no shape yet")],
+    [
+        (nn.BatchNorm1d(3, track_running_stats=False), "no moving statistics"),
+        (nn.LazyBatchNorm1d(), "no shape yet"),
+        (NormAct(3), "NormAct has a forward of its own"),
+    ],
 )
 def test_convert_refuses_what_has_no_inference_output_to_keep(layer, message):
     with warnings.catch_warnings():
@@ -728,6 +751,22 @@ def test_aot_autograd_traces_forward_and_backward_with_buffer_updates():
         torch.testing.assert_close(compiled_model.state_dict()[name], value)
 
 
+@_TRACING_AN_AUTOGRAD_FUNCTION
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("checkpoint_inside", [True, False])
+def test_a_checkpoint_in_a_compiled_region_is_refused_rather_than_given_a_wrong_gradient(checkpoint_inside):
+    body = nn.Sequential(nn.Linear(4, 6), BatchRenorm1d(6, **OPEN), nn.Tanh(), nn.Linear(6, 2))
+
+    def once_more(x):
+        return checkpoint(body, x, use_reentrant=False)
+
+    compiled = torch.compile(once_more if checkpoint_inside else body, backend="aot_eager")
+    x = torch.randn(8, 4)
+    y = compiled(x) if checkpoint_inside else checkpoint(compiled, x, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="out of the checkpoint"):
+        y.sum().backward()
+
+
 def test_inference_exports_as_one_batch_norm_node():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchRenorm2d(4)).eval()
     program = torch.export.export(model, (torch.randn(2, 3, 8, 8),))
@@ -735,6 +774,21 @@ def test_inference_exports_as_one_batch_norm_node():
     assert sum("batch_norm" in name for name in names) == 1
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+@_COPYING_A_TREE_SPEC
+def test_onnx_folds_the_layer_into_the_convolution_before_it(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchRenorm2d(4)).eval()
+    with torch.no_grad():
+        for tensor, spread in ((model[1].running_mean, 1.0), (model[1].running_std, 0.2), (model[1].weight, 0.5)):
+            tensor.add_(spread * torch.rand(4))
+    x = torch.randn(2, 3, 8, 8)
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    assert [node.op_type for node in program.model.graph] == ["Conv"]
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
 @_TRACING_AN_AUTOGRAD_FUNCTION
