@@ -1,12 +1,11 @@
-"""From the layers' last forwards to rows of the wire schema: a few kernels and one copy, the rest on the host.
+"""From the layers' per-channel statistics to rows of the wire schema: numpy, off the training thread.
 
-Training thread:    Packer.pack(all layers) -> Segments (flat device tensors)        ~20 small kernels for the model
-                    Transfer.start(segments)    -> one copy a device, no host synchronisation
-Background thread:  Transfer.ready(), arrays()  -> Block (numpy)
-                    layer_columns(block, previous blocks) -> every METRICS column, pure
-                    tables(rows)                -> Arrow tables of one batch
+    block(arrays of `capture`)        -> Block: the vectors of all layers and steps at hand, end to end
+    layer_columns(block, those before) -> every METRICS column, pure
+    tables(rows of steps)              -> Arrow tables of one batch
 
-Shape suffixes: N samples, C channels of all layers in a group end to end, L layers.
+Several steps are worked on at once: the work of numpy then outweighs the work around it, small networks included.
+Shape suffixes: R rows (a layer at a step), C channels of all rows end to end, M metrics.
 """
 
 from __future__ import annotations
@@ -15,67 +14,68 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from operator import attrgetter
 from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from brn_core.functional import Observation
-from brn_core.wire import METRICS, QUANTILES, TABLES
+from brn_core.wire import METRICS, PROBE_FEATURES, QUANTILES, TABLES
 
 Floats: TypeAlias = NDArray[np.float64]
+Singles: TypeAlias = NDArray[np.float32]
 Ints: TypeAlias = NDArray[np.int64]
+Flags: TypeAlias = NDArray[np.bool_]
 
 VECTORS: Final = ("mu_b", "sigma_b", "between_var", "scale_var", "adjacency", "mu", "sigma")
-"""What travels per channel, in this order. Over the N samples of the batch, y_n the sample's mean over positions and
-q_n its mean of (x - mu_B)²: between_var = unbiased variance of y_n (s²_y); scale_var = unbiased variance of q_n;
+"""What is known of each channel, in this order. Over the N samples of the batch, y_n the sample's mean over positions
+and q_n its mean of (x - mu_B)²: between_var = unbiased variance of y_n (s²_y); scale_var = unbiased variance of q_n;
 adjacency = sum_n (y_n+1 - y_n)² / (2 (N - 1))."""
 
 LIMITS: Final = ("r_min", "r_max", "d_max")
+_BATCH_NORM_LIMITS: Final = (1.0, 1.0, 0.0)
 
 DEAD_VARIANCE: Final = 100.0
 """A channel is dead where its batch variance is below this many eps."""
 
+_NULLABLE: Final = tuple(metric.name for metric in METRICS if metric.nullable)
+_SNAPSHOT: Final = tuple(TABLES["channels"].names[2:])
 
-class BatchNormMoments(NamedTuple):
-    """What is taken of a BatchNorm layer before a training forward (a BatchRenorm layer gives an Observation).
 
-    Attributes:
-        mean_NC: mean over positions of each sample.
-        var_NC: biased variance over positions of each sample; None for (N, C) inputs.
-        running_mean_C: moving mean before the step's update, a copy.
-        running_var_C: moving variance before the step's update, a copy.
-    """
+class Row(NamedTuple):
+    """One layer at one step."""
 
-    mean_NC: Tensor
-    var_NC: Tensor | None
-    running_mean_C: Tensor
-    running_var_C: Tensor
+    step: int
+    layer: int
 
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Which part of a step a segment holds: these layers ran on one device with the same number of samples."""
+    """How to read an array of layers that normalized the same number of samples.
 
-    layers: tuple[int, ...]
+    Attributes:
+        rows: the layers, one after the other in every vector.
+        channels: of each.
+        samples: N.
+        batch_norm: whether variances (without eps) stand where VECTORS has standard deviations, and no limits follow.
+    """
+
+    rows: tuple[Row, ...]
     channels: tuple[int, ...]
     samples: int
+    batch_norm: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeGroup:
-    """A segment with the input probe: mean, var, adjacency end to end."""
+    """An array with the input probe: mean, var, adjacency end to end."""
 
     samples: int
 
 
 @dataclass(frozen=True, slots=True)
 class ScalarGroup:
-    """A segment with scalars: float64 values, their bytes seen as float32."""
+    """An array with scalars: float64 values, their bytes seen as float32."""
 
     names: tuple[str, ...]
 
@@ -83,229 +83,21 @@ class ScalarGroup:
 Key: TypeAlias = LayerGroup | ProbeGroup | ScalarGroup
 
 
-class Segment(NamedTuple):
-    """A flat float32 tensor on its device, and how to read it."""
-
-    key: Key
-    flat: Tensor
-
-
-# --- in the training thread ---------------------------------------------------------------------------------------
-
-
-class Packer:
-    """Reduces what the layers left to a flat tensor for each group of layers.
-
-    The work is done for all layers of a group at once, so the number of kernels does not grow with the network
-    (beyond the inputs of the concatenations).
-
-    Args:
-        eps: of every layer, by index.
-    """
-
-    def __init__(self, eps: Sequence[float]) -> None:
-        self._eps = tuple(eps)
-        self._constants: dict[tuple[torch.device, LayerGroup], tuple[Tensor, Tensor]] = {}
-
-    @torch.no_grad()
-    def pack(self, taken: Mapping[int, Observation | BatchNormMoments]) -> list[Segment]:
-        """The segments of one step.
-
-        Args:
-            taken: by layer index, what its last training forward left. Layers that did not run are absent.
-        """
-        groups: dict[tuple[torch.device, int, bool], list[int]] = {}
-        for layer, sample in sorted(taken.items()):
-            key = (sample.mean_NC.device, sample.mean_NC.shape[0], isinstance(sample, BatchNormMoments))
-            groups.setdefault(key, []).append(layer)
-        segments = []
-        for (_, samples, _), layers in groups.items():
-            if samples == 0:  # a rank may get an empty batch; there is nothing to say of it
-                continue
-            group = LayerGroup(tuple(layers), tuple(taken[i].mean_NC.shape[1] for i in layers), samples)
-            moments = [m for i in layers if isinstance(m := taken[i], BatchNormMoments)]
-            if moments:
-                flat = self._pack_moments(group, moments)
-            else:
-                flat = _pack_observations([o for i in layers if isinstance(o := taken[i], Observation)])
-            segments.append(Segment(group, flat))
-        return segments
-
-    def _pack_moments(self, group: LayerGroup, moments: list[BatchNormMoments]) -> Tensor:
-        mean_NC, var_NC = _joined([(m.mean_NC, m.var_NC) for m in moments])
-        eps_C, limits = self._constants_of(group, mean_NC.device)
-        # every sample has the same number of positions, so the batch's moments are those of its samples, merged
-        mu_b_C = mean_NC.mean(0)
-        power_NC = (mean_NC - mu_b_C).square_()
-        q_NC = power_NC if var_NC is None else power_NC + var_NC
-        spread = _spread(mean_NC, power_NC, q_NC)
-        sigma_b_C = (q_NC.mean(0) + eps_C).sqrt_()
-        mu_C = torch.cat([m.running_mean_C for m in moments]).float()
-        sigma_C = (torch.cat([m.running_var_C for m in moments]).float() + eps_C).sqrt_()
-        return torch.cat([mu_b_C, sigma_b_C, *spread, mu_C, sigma_C, limits])
-
-    def _constants_of(self, group: LayerGroup, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The eps of every channel, and the limits of plain batch normalization: made once, as a copy would wait."""
-        key = (device, LayerGroup(group.layers, group.channels, 0))
-        if key not in self._constants:
-            eps_C = torch.tensor(
-                [self._eps[i] for i, c in zip(group.layers, group.channels, strict=True) for _ in range(c)]
-            )
-            limits = torch.tensor((1.0, 1.0, 0.0)).repeat_interleave(len(group.layers))
-            self._constants[key] = (eps_C.to(device, torch.float32), limits.to(device))
-        return self._constants[key]
-
-
-def _pack_observations(observations: list[Observation]) -> Tensor:
-    mean_NC, var_NC = _joined([(o.mean_NC, o.var_NC) for o in observations])
-    mu_b_C = torch.cat([o.mu_B for o in observations]).float()
-    # mu_B may come from more samples than these (synchronized or virtual batches): the spread of y_n is about its own
-    # mean, q_n is about mu_B
-    power_NC = (mean_NC - mean_NC.mean(0)).square()
-    q_NC = (mean_NC - mu_b_C).square()
-    if var_NC is not None:
-        q_NC = q_NC + var_NC
-    return torch.cat(
-        [
-            mu_b_C,
-            *[o.sigma_B.float() for o in observations],
-            *_spread(mean_NC, power_NC, q_NC),
-            *[o.mu.float() for o in observations],
-            *[o.sigma.float() for o in observations],
-            torch.stack([limit for name in LIMITS for limit in map(attrgetter(name), observations)]).float(),
-        ]
-    )
-
-
-def _joined(pairs: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """All layers side by side, float32; var_NC is None where no layer has positions."""
-    mean_NC = torch.cat([mean for mean, _ in pairs], dim=1).float()
-    if all(var is None for _, var in pairs):
-        return mean_NC, None
-    return mean_NC, torch.cat([torch.zeros_like(m) if v is None else v for m, v in pairs], dim=1).float()
-
-
-def _spread(mean_NC: Tensor, power_NC: Tensor, q_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    others = max(mean_NC.shape[0] - 1, 1)  # a single sample has no spread: the row's columns become null
-    between_C = power_NC.sum(0) / others
-    scale_C = (q_NC - q_NC.mean(0)).square_().sum(0) / others
-    adjacency_C = (mean_NC[1:] - mean_NC[:-1]).square_().sum(0) / (2 * others)
-    return between_C, scale_C, adjacency_C
-
-
-class PinnedRing:
-    """Page-locked host buffers for copies from one device, at most `buffers` in use at a time."""
-
-    def __init__(self, buffers: int = 32) -> None:
-        self._free: list[Tensor] = []
-        self._unmade = buffers
-
-    def take(self, size: int) -> Tensor | None:
-        """A float32 buffer of at least `size` elements, or None where all are in use."""
-        buffer = None
-        try:
-            buffer = self._free.pop()
-        except IndexError:
-            if self._unmade == 0:
-                return None
-            self._unmade -= 1
-        if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, dtype=torch.float32, pin_memory=True)  # allocates: first steps only
-        return buffer
-
-    def give(self, buffer: Tensor) -> None:
-        self._free.append(buffer)
-
-
-class Transfer:
-    """Segments of one step on their way to the host: one copy a device, and an event where the device runs ahead.
-
-    Raises nothing where a ring is exhausted: `start` answers None and the step counts as dropped.
-    """
-
-    def __init__(self, parts: list[_Part]) -> None:
-        self._parts = parts
-
-    @classmethod
-    def start(cls, segments: Sequence[Segment], rings: dict[torch.device, PinnedRing]) -> Transfer | None:
-        by_device: dict[torch.device, list[Segment]] = {}
-        for segment in segments:
-            by_device.setdefault(segment.flat.device, []).append(segment)
-        parts: list[_Part] = []
-        for device, group in by_device.items():
-            flat = group[0].flat if len(group) == 1 else torch.cat([s.flat for s in group])
-            keys = [(s.key, s.flat.numel()) for s in group]
-            if device.type != "cuda":
-                # a CPU tensor is there already; other accelerators have no pinned copy: this line waits for them
-                parts.append(_Part(keys, flat.cpu(), None, None))
-                continue
-            ring = rings.setdefault(device, PinnedRing())
-            buffer = ring.take(flat.numel())
-            if buffer is None:
-                cls(parts).release()
-                return None
-            buffer[: flat.numel()].copy_(flat, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(device))
-            parts.append(_Part(keys, buffer, event, ring))
-        return cls(parts)
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(4 * size for part in self._parts for _, size in part.keys)
-
-    def release(self) -> None:
-        """Give the pinned buffers back unread; a copy still under way goes before the next one into them."""
-        for part in self._parts:
-            part.release()
-
-    def ready(self) -> bool:
-        """Whether every copy has arrived. Does not wait."""
-        return all(p.event is None or p.event.query() for p in self._parts)  # type: ignore[no-untyped-call]
-
-    def arrays(self) -> list[tuple[Key, NDArray[np.float32]]]:
-        """The segments on the host, once `ready`; gives the pinned buffers back."""
-        arrays: list[tuple[Key, NDArray[np.float32]]] = []
-        for part in self._parts:
-            host = part.host.numpy()
-            start = 0
-            for key, size in part.keys:
-                view = host[start : start + size]
-                arrays.append((key, view if part.ring is None else view.copy()))
-                start += size
-        self.release()
-        return arrays
-
-
-class _Part(NamedTuple):
-    keys: list[tuple[Key, int]]
-    host: Tensor
-    event: torch.cuda.Event | None
-    ring: PinnedRing | None
-
-    def release(self) -> None:
-        if self.ring is not None:
-            self.ring.give(self.host)
-
-
-# --- in the background thread -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """The per-channel statistics of the layers that ran in one step, on the host.
+    """The per-channel statistics of the layers that ran in some steps, in the order of (step, layer).
 
     Attributes:
-        step: the step.
-        layers: indices of the layers, (L,).
-        starts: where each layer's channels begin in the vectors, (L + 1,); the last entry is the length C.
-        samples: N of each layer, (L,).
-        eps: of each layer, (L,).
-        limits: r_min, r_max, d_max in force, (L,) each.
+        steps: the step of each row, (R,).
+        layers: the layer of each row, (R,).
+        starts: where each row's channels begin in the vectors, (R + 1,); the last entry is the length C.
+        samples: N of each row, (R,).
+        eps: of each row, (R,).
+        limits: LIMITS in force, (R,) each.
         vectors: VECTORS, (C,) each.
     """
 
-    step: int
+    steps: Ints
     layers: Ints
     starts: Ints
     samples: Ints
@@ -313,77 +105,118 @@ class Block:
     limits: Mapping[str, Floats]
     vectors: Mapping[str, Floats]
 
-    def of_layer(self, position: int, name: str) -> Floats:
-        """One vector of the layer at `position` in `layers`."""
-        return self.vectors[name][self.starts[position] : self.starts[position + 1]]
+    def of_row(self, row: int, name: str) -> Floats:
+        """One vector of one row."""
+        return self.vectors[name][self.starts[row] : self.starts[row + 1]]
+
+    def span(self, step: int) -> slice:
+        """The rows of a step."""
+        first, last = np.searchsorted(self.steps, (step, step + 1))
+        return slice(int(first), int(last))
+
+    def since(self, step: int) -> Block:
+        """The rows of `step` and later."""
+        first = int(np.searchsorted(self.steps, step))
+        if first == 0:
+            return self
+        edge = self.starts[first]
+        return Block(
+            self.steps[first:],
+            self.layers[first:],
+            self.starts[first:] - edge,
+            self.samples[first:],
+            self.eps[first:],
+            {name: values[first:] for name, values in self.limits.items()},
+            {name: values[edge:].copy() for name, values in self.vectors.items()},
+        )
 
 
-def block(step: int, arrays: Sequence[tuple[LayerGroup, NDArray[np.float32]]], eps: Sequence[float]) -> Block | None:
-    """One block from the groups of a step; None where no layer ran."""
+def block(arrays: Sequence[tuple[LayerGroup, Singles]], eps: Sequence[float]) -> Block | None:
+    """One block from the arrays of some steps; None where no layer ran.
+
+    Args:
+        arrays: what `capture` brought to the host, in any order.
+        eps: of every layer, by index.
+    """
     if not arrays:
         return None
-    parts: list[tuple[int, int, int, Floats, Floats]] = []  # layer, channels, samples, vectors (7, c), limits (3,)
-    for group, flat in arrays:
-        values = flat.astype(np.float64)
-        width = sum(group.channels)
-        vectors = values[: len(VECTORS) * width].reshape(len(VECTORS), width)
-        limits = values[len(VECTORS) * width :].reshape(len(LIMITS), len(group.layers))
-        if len(arrays) == 1:  # the usual case needs no taking apart
-            return _block(step, group.layers, group.channels, [group.samples] * len(group.layers), eps, vectors, limits)
-        edges = np.cumsum((0, *group.channels))
-        for i, layer in enumerate(group.layers):
-            part = vectors[:, edges[i] : edges[i + 1]]
-            parts.append((layer, group.channels[i], group.samples, part, limits[:, i]))
-    parts.sort(key=lambda part: part[0])
-    layers, channels, samples, vectors_of, limits_of = zip(*parts, strict=True)
-    return _block(step, layers, channels, samples, eps, np.concatenate(vectors_of, 1), np.stack(limits_of, 1))
+    vectors, limits = zip(*(_read(group, flat, eps) for group, flat in arrays), strict=True)
+    groups = [group for group, _ in arrays]
+    steps, layers = np.array([row for group in groups for row in group.rows], np.int64).T
+    return _in_order(
+        steps,
+        layers,
+        np.array([c for group in groups for c in group.channels], np.int64),
+        np.repeat([group.samples for group in groups], [len(group.rows) for group in groups]),
+        np.array(eps, np.float64)[layers],
+        limits[0] if len(groups) == 1 else np.concatenate(limits, 1),
+        vectors[0] if len(groups) == 1 else np.concatenate(vectors, 1),
+    )
 
 
-def _block(
-    step: int,
-    layers: Sequence[int],
-    channels: Sequence[int],
-    samples: Sequence[int],
-    eps: Sequence[float],
-    vectors: Floats,
-    limits: Floats,
+def _read(group: LayerGroup, flat: Singles, eps: Sequence[float]) -> tuple[Floats, Floats]:
+    """Vectors (7, C) and limits (3, R) of one group."""
+    width = sum(group.channels)
+    vectors = flat[: len(VECTORS) * width].astype(np.float64).reshape(len(VECTORS), width)
+    if not group.batch_norm:
+        return vectors, flat[len(VECTORS) * width :].astype(np.float64).reshape(len(LIMITS), len(group.rows))
+    eps_C = np.repeat([eps[row.layer] for row in group.rows], group.channels)
+    with np.errstate(invalid="ignore"):
+        for name in ("sigma_b", "sigma"):
+            variance = vectors[VECTORS.index(name)]
+            np.sqrt(variance + eps_C, out=variance)
+    return vectors, np.repeat(np.array(_BATCH_NORM_LIMITS)[:, None], len(group.rows), axis=1)
+
+
+def _in_order(
+    steps: Ints, layers: Ints, width: Ints, samples: Ints, eps: Floats, limits: Floats, vectors: Floats
 ) -> Block:
+    starts = np.cumsum(width) - width
+    order = np.lexsort((layers, steps))
+    if (order[1:] < order[:-1]).any():
+        steps, layers, samples, eps, limits = steps[order], layers[order], samples[order], eps[order], limits[:, order]
+        vectors = vectors[:, _channels(starts[order], width[order])]
+        width = width[order]
     return Block(
-        step,
-        np.asarray(layers, np.int64),
-        np.cumsum((0, *channels)),
-        np.asarray(samples, np.int64),
-        np.asarray([eps[i] for i in layers], np.float64),
+        steps,
+        layers,
+        np.concatenate(([0], np.cumsum(width))),
+        samples,
+        eps,
         dict(zip(LIMITS, limits, strict=True)),
         dict(zip(VECTORS, vectors, strict=True)),
     )
 
 
-Columns: TypeAlias = dict[str, NDArray[np.float64]]
+def _channels(starts: Ints, width: Ints) -> Ints:
+    """The indices start, start + 1, ... of each row, end to end."""
+    ends = np.cumsum(width)
+    return np.repeat(starts - (ends - width), width) + np.arange(ends[-1])
 
 
-def layer_columns(
-    now: Block, before: Block | None, before_that: Block | None
-) -> tuple[Columns, dict[str, NDArray[np.bool_]]]:
-    """Every column of the METRICS table for the layers of one step.
+Columns: TypeAlias = dict[str, Floats]
+
+
+def layer_columns(now: Block, every: int, past: Sequence[Block]) -> tuple[Columns, dict[str, Flags]]:
+    """Every column of the METRICS table.
 
     Args:
-        now: the step.
-        before: the recorded step before it, None where there is none (or it was dropped): the difference columns of
-            its layers are null then, as they are for a layer that did not run in it.
-        before_that: the one before that.
+        now: the rows.
+        every: steps between recorded steps. The difference columns compare a row with the same layer at the one and
+            the two recorded steps before it; they are null where it did not run then, or the step is not known.
+        past: what was recorded before `now`, oldest first; two recorded steps suffice.
 
     Returns:
-        By column: the values, (L,) each; and by nullable column: where it is null.
+        By column: the values, (R,) each; and by nullable column: where it is null.
     """
     starts, width = now.starts[:-1], np.diff(now.starts)
     vectors = now.vectors
 
-    def mean(values_C: Floats) -> Floats:
-        return np.asarray(np.add.reduceat(values_C, starts) / width)
+    def mean(values_C: NDArray[np.generic]) -> Floats:
+        return np.asarray(np.add.reduceat(values_C, starts, dtype=np.float64) / width)
 
-    def spread(values_L: Floats) -> Floats:
-        return np.repeat(values_L, width)
+    def spread(values_R: Floats) -> Floats:
+        return np.repeat(values_R, width)
 
     with np.errstate(all="ignore"):  # NaN, infinities and zero divisors are data here
         mu_b, sigma_b, sigma = vectors["mu_b"], vectors["sigma_b"], vectors["sigma"]
@@ -391,10 +224,10 @@ def layer_columns(
         r = sigma_b / sigma
         d = (mu_b - vectors["mu"]) / sigma
         r_min, r_max, d_max = (spread(now.limits[name]) for name in LIMITS)
-        samples = spread(now.samples.astype(np.float64))
+        samples = now.samples.astype(np.float64)
         d_squared = mean(d**2)
         columns: Columns = {
-            "samples": now.samples.astype(np.float64),
+            "samples": samples,
             "mu_b": mean(mu_b),
             "sigma_b": mean(sigma_b),
             "mu": mean(vectors["mu"]),
@@ -403,25 +236,24 @@ def layer_columns(
             **_quantiles("d", d, now.starts),
             **now.limits,
             # written so that NaN, which is within no limits, counts as clipped
-            "clip_r": mean((~((r >= r_min) & (r <= r_max))).astype(np.float64)),
-            "clip_d": mean((~(np.abs(d) <= d_max)).astype(np.float64)),
+            "clip_r": mean(~((r >= r_min) & (r <= r_max))),
+            "clip_d": mean(~(np.abs(d) <= d_max)),
             "gap": mean((r - 1) ** 2) + d_squared,
             "residual": mean((r - np.clip(r, r_min, r_max)) ** 2 + (d - np.clip(d, -d_max, d_max)) ** 2),
             "d_squared": d_squared,
             "log_r": mean(np.log(r)),
-            "mean_noise": mean(vectors["between_var"] / (samples * variance)),
-            "scale_noise": mean(vectors["scale_var"] / (4 * samples * variance**2)),
-            "adjacency_noise": mean(vectors["adjacency"] / (samples * variance)),
-            "dead_channels": mean((sigma_b**2 < (DEAD_VARIANCE + 1) * spread(now.eps)).astype(np.float64)) * width,
-            "nonfinite_channels": mean((~(np.isfinite(mu_b) & np.isfinite(sigma_b))).astype(np.float64)) * width,
+            "mean_noise": mean(vectors["between_var"] / variance) / samples,
+            "scale_noise": mean(vectors["scale_var"] / variance**2) / (4 * samples),
+            "adjacency_noise": mean(vectors["adjacency"] / variance) / samples,
+            "dead_channels": mean(sigma_b**2 < (DEAD_VARIANCE + 1) * spread(now.eps)) * width,
+            "nonfinite_channels": mean(~(np.isfinite(mu_b) & np.isfinite(sigma_b))) * width,
         }
-        mu_1, known_1 = _aligned(now, before, "mu_b")
-        mu_2, known_2 = _aligned(now, before_that, "mu_b")
-        log_0 = np.log(sigma_b)
-        log_1, log_2 = (np.log(_aligned(now, other, "sigma_b")[0]) for other in (before, before_that))
-        columns["mean_diff1"] = mean((mu_b - mu_1) ** 2 / (2 * variance))
-        columns["mean_diff2"] = mean((mu_b - 2 * mu_1 + mu_2) ** 2 / (6 * variance))
-        columns["scale_diff2"] = mean((log_0 - 2 * log_1 + log_2) ** 2 / 6)
+        history = _History.of((*past, now))
+        (mu_1, log_sigma_1), known_1 = history.earlier(now, every)
+        (mu_2, log_sigma_2), known_2 = history.earlier(now, 2 * every)
+        columns["mean_diff1"] = mean((mu_b - mu_1) ** 2 / variance) / 2
+        columns["mean_diff2"] = mean((mu_b - 2 * mu_1 + mu_2) ** 2 / variance) / 6
+        columns["scale_diff2"] = mean((np.log(sigma_b) - 2 * log_sigma_1 + log_sigma_2) ** 2) / 6
     single = now.samples < 2
     nulls = {
         **dict.fromkeys(("mean_noise", "scale_noise", "adjacency_noise"), single),
@@ -432,15 +264,15 @@ def layer_columns(
 
 
 def _quantiles(symbol: str, values_C: Floats, starts: Ints) -> Columns:
-    """Percentiles over each layer's channels, linear between neighbours; NaN where a channel is NaN."""
+    """Percentiles over each row's channels, linear between neighbours; NaN where a channel is NaN."""
     width = np.diff(starts)
     position = np.asarray(QUANTILES)[:, None] / 100 * (width - 1)
     low = np.floor(position).astype(np.int64)
     high = np.minimum(low + 1, width - 1)
     weight = position - low
-    ordered = np.empty_like(values_C)
-    for a, b in pairwise(starts):
-        ordered[a:b] = np.sort(values_C[a:b])
+    ordered = values_C.copy()
+    for a, b in pairwise(starts.tolist()):
+        ordered[a:b].sort()
     below, above = ordered[starts[:-1] + low], ordered[starts[:-1] + high]
     # not below + weight * (above - below): that is NaN between equal infinities
     quantiles = np.where((weight == 0) | (below == above), below, (1 - weight) * below + weight * above)
@@ -448,40 +280,114 @@ def _quantiles(symbol: str, values_C: Floats, starts: Ints) -> Columns:
     return {f"{symbol}_q{q:02d}": row for q, row in zip(QUANTILES, quantiles, strict=True)}
 
 
-def _aligned(now: Block, other: Block | None, name: str) -> tuple[Floats, NDArray[np.bool_]]:
-    """Another step's vector laid out as `now`'s, and which layers it knows (the rest is NaN)."""
-    if other is not None and np.array_equal(now.layers, other.layers):
-        return other.vectors[name], np.ones(len(now.layers), bool)
-    aligned = np.full(now.starts[-1], np.nan)
-    known = np.zeros(len(now.layers), bool)
-    positions = {} if other is None else {int(layer): i for i, layer in enumerate(other.layers)}
-    for i, layer in enumerate(now.layers):
-        if other is not None and (position := positions.get(int(layer))) is not None:
-            aligned[now.starts[i] : now.starts[i + 1]] = other.of_layer(position, name)
-            known[i] = True
-    return aligned, known
+class _History(NamedTuple):
+    """mu_B and ln sigma_B of several blocks, oldest first: rows by ascending key, channels end to end."""
+
+    keys: Ints
+    starts: Ints
+    mu_b: Floats
+    log_sigma_b: Floats
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> _History:
+        return cls(
+            np.concatenate([_keys(b.steps, b.layers) for b in blocks]),
+            np.cumsum([0, *(width for b in blocks for width in np.diff(b.starts).tolist())]),
+            np.concatenate([b.vectors["mu_b"] for b in blocks]),
+            np.log(np.concatenate([b.vectors["sigma_b"] for b in blocks])),
+        )
+
+    def earlier(self, now: Block, steps: int) -> tuple[tuple[Floats, Floats], Flags]:
+        """Both vectors so many steps earlier, laid out as `now`'s (NaN where not known), and which rows are known."""
+        wanted = _keys(now.steps - steps, now.layers)
+        found = np.searchsorted(self.keys, wanted)  # never the end: the row itself has a larger key
+        known = self.keys[found] == wanted
+        if known.all() and found[-1] - found[0] == len(found) - 1:  # as usual, one run of rows: no need to gather
+            run = slice(self.starts[found[0]], self.starts[found[-1] + 1])
+            return (self.mu_b[run], self.log_sigma_b[run]), known
+        width = np.diff(now.starts)
+        unknown = ~np.repeat(known, width)
+        index = _channels(self.starts[found], width)
+        index[unknown] = 0
+        mu, log_sigma = self.mu_b[index], self.log_sigma_b[index]
+        mu[unknown] = log_sigma[unknown] = np.nan
+        return (mu, log_sigma), known
+
+
+def _keys(steps: Ints, layers: Ints) -> Ints:
+    return steps * 2**16 + layers  # the wire has 16 bits for a layer
 
 
 class ProbeRow(NamedTuple):
     """The input probe at one step; vectors of PROBE_FEATURES entries."""
 
     samples: int
-    mean: NDArray[np.float32]
-    var: NDArray[np.float32]
-    adjacency: NDArray[np.float32]
+    mean: Singles
+    var: Singles
+    adjacency: Singles
+
+
+class Snapshot(NamedTuple):
+    """Every channel of the layers of one step: vectors (7, C) in the order of the `channels` table's columns."""
+
+    layers: Ints
+    starts: Ints
+    vectors: Singles
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepRows:
-    """The rows of one recorded step. Everything but the step may be absent."""
+    """The rows of one recorded step. Everything but the step may be absent.
+
+    Attributes:
+        step: the step.
+        layers: which layers have a row, (R,).
+        values: METRICS in their order, (M, R).
+        nulls: where the nullable ones of METRICS are null, one row each.
+        probe: the input's.
+        scalars: by name.
+        snapshot: every channel, where it was asked for.
+    """
 
     step: int
     layers: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    columns: Columns = field(default_factory=dict)
-    nulls: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    values: Singles = field(default_factory=lambda: np.zeros((len(METRICS), 0), np.float32))
+    nulls: Flags = field(default_factory=lambda: np.zeros((len(_NULLABLE), 0), np.bool_))
     probe: ProbeRow | None = None
     scalars: Mapping[str, float] = field(default_factory=dict)
-    snapshot: Block | None = None
+    snapshot: Snapshot | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much memory it takes."""
+        size = 1024 + self.values.nbytes + self.nulls.nbytes + 128 * len(self.scalars)
+        return size if self.snapshot is None else size + self.snapshot.vectors.nbytes
+
+
+class LayerRows(NamedTuple):
+    """The columns of a block as the wire has them; `StepRows` takes its share of them."""
+
+    values: Singles
+    nulls: Flags
+
+    @classmethod
+    def of(cls, columns: Columns, nulls: Mapping[str, Flags]) -> LayerRows:
+        with np.errstate(over="ignore"):  # beyond float32's range is infinite
+            values = np.stack([columns[metric.name] for metric in METRICS]).astype(np.float32)
+        return cls(values, np.stack([nulls[name] for name in _NULLABLE]))
+
+
+def snapshot(now: Block, rows: slice) -> Snapshot:
+    """Every channel of some rows."""
+    starts = now.starts[rows.start : rows.stop + 1]
+    part = {name: values[starts[0] : starts[-1]] for name, values in now.vectors.items()}
+    with np.errstate(all="ignore"):
+        part["r"] = part["sigma_b"] / part["sigma"]
+        part["d"] = (part["mu_b"] - part["mu"]) / part["sigma"]
+        vectors = np.stack([part[name] for name in _SNAPSHOT]).astype(np.float32)
+    # the unbiased variance of one sample is not 0 but undefined
+    vectors[_SNAPSHOT.index("between_var"), np.repeat(now.samples[rows] < 2, np.diff(starts))] = math.nan
+    return Snapshot(now.layers[rows], starts - starts[0], vectors)
 
 
 def tables(steps: Sequence[StepRows]) -> dict[str, pa.Table | pa.RecordBatch]:
@@ -490,7 +396,7 @@ def tables(steps: Sequence[StepRows]) -> dict[str, pa.Table | pa.RecordBatch]:
         "layers": _layers_table([s for s in steps if len(s.layers)]),
         "probe": _probe_table([(s.step, s.probe) for s in steps if s.probe is not None]),
         "scalars": _scalars_table(steps),
-        "channels": _channels_table([s.snapshot for s in steps if s.snapshot is not None]),
+        "channels": _channels_table([(s.step, s.snapshot) for s in steps if s.snapshot is not None]),
     }
 
 
@@ -498,21 +404,24 @@ def _layers_table(steps: Sequence[StepRows]) -> pa.RecordBatch:
     schema = TABLES["layers"]
     if not steps:
         return schema.empty_table()
+    values = np.concatenate([s.values for s in steps], axis=1)
+    nulls = dict(zip(_NULLABLE, np.concatenate([s.nulls for s in steps], axis=1), strict=True))
     arrays = [
         pa.array(np.repeat([s.step for s in steps], [len(s.layers) for s in steps]), pa.uint64()),
         pa.array(np.concatenate([s.layers for s in steps]), pa.uint16()),
     ]
-    with np.errstate(over="ignore"):  # beyond float32's range is infinite
-        for metric in METRICS:
-            values = np.concatenate([s.columns[metric.name] for s in steps]).astype(np.float32)
-            mask = np.concatenate([s.nulls[metric.name] for s in steps]) if metric.nullable else None
-            arrays.append(pa.array(values, pa.float32(), mask=mask, from_pandas=False))
+    arrays += [
+        pa.array(column, pa.float32(), mask=nulls.get(metric.name), from_pandas=False)
+        for metric, column in zip(METRICS, values, strict=True)
+    ]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def _probe_table(rows: Sequence[tuple[int, ProbeRow]]) -> pa.RecordBatch:
     arrays = [pa.array([step for step, _ in rows], pa.uint64()), pa.array([r.samples for _, r in rows], pa.uint32())]
-    arrays += [_lists([getattr(r, name) for _, r in rows]) for name in ("mean", "var", "adjacency")]
+    offsets = np.arange(len(rows) + 1) * PROBE_FEATURES
+    for name in ("mean", "var", "adjacency"):
+        arrays.append(_lists(np.concatenate([np.zeros(0, np.float32), *(getattr(r, name) for _, r in rows)]), offsets))
     return pa.RecordBatch.from_arrays(arrays, schema=TABLES["probe"])
 
 
@@ -528,36 +437,22 @@ def _scalars_table(steps: Sequence[StepRows]) -> pa.RecordBatch:
     )
 
 
-def _channels_table(blocks: Sequence[Block]) -> pa.RecordBatch:
-    steps: list[int] = []
-    layers: list[int] = []
-    vectors: dict[str, list[NDArray[np.float32]]] = {}
-    for now in blocks:
-        with np.errstate(all="ignore"):
-            full = {
-                **now.vectors,
-                "r": now.vectors["sigma_b"] / now.vectors["sigma"],
-                "d": (now.vectors["mu_b"] - now.vectors["mu"]) / now.vectors["sigma"],
-            }
-            cut = {name: full[name].astype(np.float32) for name in TABLES["channels"].names[2:]}
-        for i, layer in enumerate(now.layers):
-            steps.append(now.step)
-            layers.append(int(layer))
-            for name, vector in cut.items():
-                # the unbiased variance of one sample is not 0 but undefined
-                part = vector[now.starts[i] : now.starts[i + 1]]
-                undefined = name == "between_var" and now.samples[i] < 2
-                vectors.setdefault(name, []).append(np.full_like(part, math.nan) if undefined else part)
-    names = TABLES["channels"].names[2:]
-    arrays = [pa.array(steps, pa.uint64()), pa.array(layers, pa.uint16())]
-    arrays += [_lists(vectors.get(name, [])) for name in names]
+def _channels_table(snapshots: Sequence[tuple[int, Snapshot]]) -> pa.RecordBatch:
+    layers = [now.layers for _, now in snapshots]
+    lengths = [np.diff(now.starts) for _, now in snapshots]
+    empty = [np.zeros((len(_SNAPSHOT), 0), np.float32)]
+    vectors = np.concatenate([*empty, *(now.vectors for _, now in snapshots)], axis=1)
+    offsets = np.concatenate(([0], np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths]))))
+    arrays = [
+        pa.array([step for step, now in snapshots for _ in now.layers], pa.uint64()),
+        pa.array(np.concatenate([np.zeros(0, np.int64), *layers]), pa.uint16()),
+    ]
+    arrays += [_lists(vector, offsets) for vector in vectors]
     return pa.RecordBatch.from_arrays(arrays, schema=TABLES["channels"])
 
 
-def _lists(vectors: Sequence[NDArray[np.float32]]) -> pa.Array:
-    offsets = np.cumsum([0, *map(len, vectors)]).astype(np.int32)
-    values = np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
+def _lists(values: Singles, offsets: Ints) -> pa.Array:
     item = pa.field("item", pa.float32(), nullable=False)
     return pa.ListArray.from_arrays(
-        pa.array(offsets), pa.array(values, pa.float32(), from_pandas=False), type=pa.list_(item)
+        pa.array(offsets, pa.int32()), pa.array(values, pa.float32(), from_pandas=False), type=pa.list_(item)
     )

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brn_core.packer import ProbeGroup, Segment
+from brn_core.capture import Segment
+from brn_core.packer import ProbeGroup
 from brn_core.wire import PROBE_FEATURES
 
 LINEAR_FEATURES: Final = 8

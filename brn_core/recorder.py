@@ -19,18 +19,16 @@ import os
 import re
 import secrets
 import sys
-import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
@@ -38,17 +36,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from brn_core import packer
-from brn_core.functional import Observation, sample_moments
+from brn_core.capture import BatchNormMoments, PinnedRing, Segment, Taken, Transfer, pack
+from brn_core.client import Client
+from brn_core.functional import Observation, in_backward
+from brn_core.journal import Journal
 from brn_core.layers import BatchRenorm
-from brn_core.packer import BatchNormMoments, Block, LayerGroup, Packer, PinnedRing, ProbeGroup, ScalarGroup, Segment
+from brn_core.moments import sample_moments
+from brn_core.packer import ScalarGroup, StepRows, tables
 from brn_core.probe import InputProbe
-from brn_core.shadow import Shadow, run_shadow
-from brn_core.shipper import Client, Complaints, Shipper
+from brn_core.reducer import Frame, Reducer
+from brn_core.shadow import Shadow, is_wrapper, run_shadow
+from brn_core.shipper import Complaints, Shipper
 from brn_core.spool import Spool
+from brn_core.termination import on_termination
 from brn_core.wire import (
-    PROBE_FEATURES,
-    SCALAR_DROPPED,
+    MAX_FAILURE,
+    MAX_SCALAR_NAME,
     SCALAR_SHADOW_DISAGREEMENT,
     SCALAR_SHADOW_EVAL_LOSS,
     SCALAR_SHADOW_TRAIN_LOSS,
@@ -66,18 +69,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("brn_core")
 
-PENDING_STEPS: Final = 512
-PENDING_BYTES: Final = 64 * 1024 * 1024
-"""Packed steps that may wait to be reduced, by number and by size; beyond either the newest is dropped and counted."""
-
 
 class Recorder:
     """Records a model's normalization layers, input and scalars, and ships them to the service.
 
     Recorded are BatchRenorm1d/2d/3d, BatchNorm1d/2d/3d and SyncBatchNorm with moving statistics, in training mode: a
     layer in inference mode (frozen) or that does not run in a step has no row for it. Where a layer or the model runs
-    several times between two calls of `step` (gradient accumulation, shared layers), the last time counts. A
+    several times between two calls of `step` (gradient accumulation, shared layers), the last time counts, with the
+    moving statistics that it found. What an activation checkpoint runs again in backward does not count. A
     SyncBatchNorm is recorded with this rank's own samples.
+
+    Watch the model as it is trained: after `convert_sync_batchnorm` or `convert_batchnorm`, before the first forward of
+    a compiled model (a compiled forward does not notice hooks that come later), and what torch.compile answers rather
+    than what it was given, if it is to be one graph. nn.DataParallel and CUDA graphs are out: the former runs copies
+    of the layers, the latter none.
+
+    Memory, at most: 64 MiB of steps that wait to be reduced (or a single larger one), about as much while some are
+    reduced, and 64 MiB of reduced steps that wait to be sent: 170 bytes a layer, 28 bytes a channel in a snapshot.
 
     Making one is a collective call where torch.distributed is initialized: rank 0 shares the run's id. Nothing that
     goes wrong afterwards reaches the training loop: it is logged once, then once a minute.
@@ -100,6 +108,9 @@ class Recorder:
         spool: directory for what cannot be sent; None: it is dropped and counted.
         strict: raise what goes wrong in the training thread (for tests).
         start_step: number of the first step, for a training that is resumed.
+        journal: file in which this rank notes what it sends, one a rank, beside the checkpoint. With `run_id`,
+            `start_step` and the same file a resumed training repeats steps, and their rows are stored once; call
+            `flush` before each checkpoint.
 
     Raises:
         ValueError: an argument that makes no sense.
@@ -125,6 +136,7 @@ class Recorder:
         spool: str | Path | None = ".brn/spool",
         strict: bool = False,
         start_step: int = 0,
+        journal: str | Path | None = None,
     ) -> None:
         _check_at_least(every=(every, 1), shadow_every=(shadow_every, 0), channels_every=(channels_every, 0))
         _check_at_least(start_step=(start_step, 0))
@@ -158,29 +170,41 @@ class Recorder:
         self._closed = False
         self._complaints = Complaints()
         self._stepped_at: float | None = None
-        self._verdict: tuple[str, str] | None = None
+        self._logged: set[tuple[str, str]] = set()  # codes and severities of findings
         self._dropped = 0
 
         self._probe = InputProbe()
-        self._packer = Packer([layer.eps for layer in self._layers])
         self._rings: dict[torch.device, PinnedRing] = {}
-        self._taken: dict[int, BatchNormMoments] = {}
+        # the layers' own dictionaries: setting an attribute of a Module takes a microsecond, each step, each layer
+        self._observing = [
+            (i, vars(layer)) for i, (_, layer) in enumerate(self._watched) if isinstance(layer, BatchRenorm)
+        ]
+        self._taken: dict[int, Taken] = {}
         self._probed: Segment | None = None
         self._shadow: Shadow | None = None
 
-        self._shipper: Shipper[packer.StepRows] = Shipper(
+        self._shipper: Shipper[StepRows] = Shipper(
             client,
             registration,
             rank,
-            lambda rows: encode_batch(packer.tables(rows)),
+            lambda rows: encode_batch(tables(rows)),
             spool=None if spool is None else Spool(spool),
+            journal=None if journal is None else Journal(Path(journal), registration.id, start_step),
+            sends_leftovers=os.environ.get("LOCAL_RANK", str(rank)) == "0",
             flush_seconds=flush_seconds,
             on_acknowledged=self._acknowledged if rank == 0 else None,
         )
-        self._reducer = _Reducer(self._layers, every, self._shipper, lambda: self.dropped_steps)
+        self._reducer = Reducer(
+            [layer.eps for layer in self._layers],
+            every,
+            self._shipper,
+            lambda: self.dropped_steps,
+            flush_seconds=flush_seconds,
+        )
         self._handles = self._hook()
         self._arm()
         atexit.register(_close_at_exit, weakref.ref(self))
+        self._settled = on_termination(partial(_close_on_signal, weakref.ref(self)))
         logger.info("recording run %s: %d normalization layers, to %s", self.run_id, len(self._layers), self._url)
 
     @property
@@ -223,8 +247,8 @@ class Recorder:
             host[SCALAR_STEP_TIME] = now - self._stepped_at
         self._stepped_at = now
         device: dict[str, Tensor] = {}
-        with self._border():
-            for name, value in (scalars if loss is None else {"loss": loss, **scalars}).items():
+        for name, value in (scalars if loss is None else {"loss": loss, **scalars}).items():
+            with self._border():  # one that is no number does not take the others with it
                 _sort_scalar(name, value, host, device)
         with self._border():
             self._shadow_scalars(shadow_loss, device)
@@ -232,11 +256,30 @@ class Recorder:
             self._hand_over(step, host, device)
         self._arm()
 
-    def close(self, status: Literal["finished", "failed"] = "finished", *, timeout_seconds: float = 5.0) -> None:
+    def flush(self, *, timeout_seconds: float = 10.0) -> bool:
+        """Wait until every step given to `step` is stored, in the spool, or counted as dropped: before a checkpoint.
+
+        Returns:
+            Whether that is so; False after the timeout, and where the journal's last batch is being repeated.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return True
+        until = time.monotonic() + timeout_seconds
+        reduced = self._reducer.flush(timeout_seconds)
+        return reduced and self._shipper.flush(max(until - time.monotonic(), 0.0))
+
+    def close(
+        self,
+        status: Literal["finished", "failed"] = "finished",
+        *,
+        failure: str | None = None,
+        timeout_seconds: float = 5.0,
+    ) -> None:
         """Stop watching, send what waits, say how the run ended. Later calls do nothing.
 
         Args:
             status: how the training ended; rank 0's word counts.
+            failure: why it failed, for people; rank 0's word counts.
             timeout_seconds: longest time to spend on sending; the rest goes to the spool.
         """
         if self._closed or os.getpid() != self._pid:
@@ -247,18 +290,19 @@ class Recorder:
         deadline = time.monotonic() + timeout_seconds
         for handle in self._handles:
             handle.remove()
-        for _, layer in self._watched:
-            if isinstance(layer, BatchRenorm):
-                layer.observe, layer.observed = False, None
+        for _, layer in self._observing:
+            layer["observe"], layer["observed"] = False, None
         with self._border():
             ended = self._reducer.close(timeout_seconds)
             left = max(deadline - time.monotonic(), 0.0)
-            end = RunUpdate(status=status) if self.rank == 0 else None
+            said = {} if failure is None else {"failure": failure[:MAX_FAILURE]}
+            end = RunUpdate(status=status, **said) if self.rank == 0 else None
             ended &= self._shipper.close(timeout_seconds=left, end=end)
             if not ended:
                 logger.warning("run %s: a sending thread still hangs in a connection to %s", self.run_id, self._url)
         if self.dropped_steps:
             logger.warning("run %s: %d recorded steps were dropped", self.run_id, self.dropped_steps)
+        self._settled()
 
     def __enter__(self) -> Self:
         return self
@@ -266,35 +310,48 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close("finished" if kind is None else "failed")
+        if error is None:
+            self.close()
+        else:
+            text = str(error).partition("\n")[0]
+            self.close("failed", failure=f"rank {self.rank}: {type(error).__name__}" + (f": {text}" if text else ""))
 
     # --- around the forward pass ----------------------------------------------------------------------------------
 
     def _hook(self) -> list[RemovableHandle]:
         handles = [
-            layer.register_forward_pre_hook(_Hook(self._batch_norm_hook(index)))
+            layer.register_forward_pre_hook(_Hook(self._batch_norm_hook(index)), with_kwargs=True)
             for index, (_, layer) in enumerate(self._watched)
             if not isinstance(layer, BatchRenorm)
         ]
-        handles.append(self._model.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True))
+        # not compiled where the model is compiled after it was watched; the layers' hooks are, without a graph break
+        before, after = map(torch.compiler.disable, (self._before_forward, self._after_forward))
+        handles.append(self._model.register_forward_pre_hook(_Hook(before), with_kwargs=True))
         if self._shadow_every:
-            handles.append(self._model.register_forward_hook(_Hook(self._after_forward), with_kwargs=True))
+            handles.append(self._model.register_forward_hook(_Hook(after), with_kwargs=True))
         return handles
 
-    def _batch_norm_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def before_batch_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not self._due or not module.training or not torch.is_grad_enabled():
+    def _batch_norm_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def before_batch_norm(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._due or not module.training or in_backward():
                 return
-            with self._border(), torch.no_grad():
-                running_mean, running_var = module.running_mean, module.running_var
-                assert isinstance(running_mean, Tensor)
-                assert isinstance(running_var, Tensor)
-                mean_NC, var_NC = sample_moments(args[0].detach())
-                if var_NC is None:
-                    mean_NC = mean_NC.clone()  # without positions it may be the input itself, which may change
-                self._taken[index] = BatchNormMoments(mean_NC, var_NC, running_mean.clone(), running_var.clone())
+            try:  # not the border's with-statement, which costs as much as the rest
+                self._take_moments(index, module, args[0] if args else kwargs["input"])
+            except Exception as error:
+                self._went_wrong(error)
 
         return before_batch_norm
+
+    def _take_moments(self, index: int, module: nn.Module, x: Tensor) -> None:
+        running_mean, running_var = module.running_mean, module.running_var
+        assert isinstance(running_mean, Tensor)
+        assert isinstance(running_var, Tensor)
+        if x.numel() == 0:  # there is nothing to say of an empty batch
+            return
+        mean_NC, var_NC = sample_moments(x)
+        if var_NC is None:
+            mean_NC = mean_NC.clone()  # without positions it may be the input itself, which may change
+        self._taken[index] = BatchNormMoments(mean_NC, var_NC, running_mean.clone(), running_var.clone())
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._due and module.training and torch.is_grad_enabled():
@@ -312,11 +369,10 @@ class Recorder:
         """Say what the coming step is asked for, and forget what the last one left."""
         self._due = self._step % self._every == 0
         self._shadow_due = self._shadow_every > 0 and self._step > 0 and self._step % self._shadow_every == 0
-        self._taken.clear()
+        self._taken = {}
         self._probed = self._shadow = None
-        for _, layer in self._watched:
-            if isinstance(layer, BatchRenorm):
-                layer.observe, layer.observed = self._due, None
+        for _, layer in self._observing:
+            layer["observe"], layer["observed"] = self._due, None
 
     def _shadow_scalars(self, loss: Callable[[Any], Tensor] | None, device: dict[str, Tensor]) -> None:
         if self._shadow is None:
@@ -327,33 +383,49 @@ class Recorder:
             device[SCALAR_SHADOW_TRAIN_LOSS], device[SCALAR_SHADOW_EVAL_LOSS] = self._shadow.losses(loss)
 
     def _hand_over(self, step: int, host: dict[str, float], device: dict[str, Tensor]) -> None:
-        taken: dict[int, Observation | BatchNormMoments] = {**self._taken}
-        for index, (_, layer) in enumerate(self._watched):
-            if isinstance(layer, BatchRenorm) and layer.observed is not None:
-                taken[index] = layer.observed
-        segments = self._packer.pack(taken)
+        taken = self._all_taken()
+        segments = _scalar_segments(device)
         if self._probed is not None:
             segments.append(self._probed)
-        segments.extend(_scalar_segments(device))
-        transfer = packer.Transfer.start(segments, self._rings)
+            if not taken and any(layer.training for _, layer in self._watched):
+                self._complaints.say(
+                    "unseen",
+                    f"the model ran, but none of its {len(self._watched)} normalization layers was seen to: "
+                    "watch a compiled model before its first forward, and no nn.DataParallel or CUDA graph",
+                )
+        if not all(sample.mean_NC.is_cpu for sample in taken.values()):
+            # on its own device and stream, where a few kernels more do not make training wait
+            segments, taken = pack({step: taken}) + segments, {}
+        transfer = Transfer.start(segments, self._rings)
         if transfer is None:
             self._dropped += 1
             return
         snapshot = self.rank == 0 and self._channels_every > 0 and step % self._channels_every == 0
-        self._reducer.offer(_Frame(step, transfer, host, snapshot))
+        self._reducer.offer(Frame(step, taken, transfer, host, snapshot))
+
+    def _all_taken(self) -> dict[int, Taken]:
+        taken = self._taken
+        for index, layer in self._observing:
+            observation: Observation | None = layer["observed"]
+            if observation is None or observation.mean_NC.shape[0] == 0:
+                continue
+            if observation.var_NC is None:  # it may be the layer's input itself, which may change
+                observation = observation._replace(mean_NC=observation.mean_NC.clone())
+            taken[index] = observation
+        return taken
 
     def _acknowledged(self, acknowledgement: Mapping[str, Any]) -> None:
-        """Log the service's verdict when it becomes another one (in the shipper's thread, rank 0)."""
-        verdict = acknowledgement.get("verdict")
-        if not isinstance(verdict, Mapping):
-            return
-        news = (str(verdict.get("code")), str(verdict.get("severity")))
-        if news == self._verdict:
-            return
-        self._verdict = news
-        if news[1] in ("warning", "critical"):
-            level = logging.ERROR if news[1] == "critical" else logging.WARNING
-            logger.log(level, "%s: %s See %s/runs/%s", news[0], verdict.get("summary"), self._url, self.run_id)
+        """Log each finding of the service once, and again where it got worse (in the shipper's thread, rank 0)."""
+        findings = acknowledgement.get("findings")
+        for finding in findings if isinstance(findings, list) else []:
+            if not isinstance(finding, Mapping):
+                continue
+            code, severity = str(finding.get("code")), str(finding.get("severity"))
+            if (code, severity) in self._logged or severity not in ("warning", "critical"):
+                continue
+            self._logged.add((code, severity))
+            level = logging.ERROR if severity == "critical" else logging.WARNING
+            logger.log(level, "%s: %s See %s/runs/%s", code, finding.get("summary"), self._url, self.run_id)
 
     @contextmanager
     def _border(self) -> Iterator[None]:
@@ -361,11 +433,14 @@ class Recorder:
         try:
             yield
         except Exception as error:
-            if self._strict:
-                raise
-            self._complaints.say(
-                type(error).__name__, f"recording failed, training goes on: {type(error).__name__}: {error}"
-            )
+            self._went_wrong(error)
+
+    def _went_wrong(self, error: Exception) -> None:
+        """Call it while `error` is handled."""
+        if self._strict:
+            raise error
+        kind = type(error).__name__
+        self._complaints.say(kind, f"recording failed, training goes on: {kind}: {error}")
 
 
 def watch(model: nn.Module, **settings: Any) -> Recorder:
@@ -391,122 +466,21 @@ class _NoHook:
         """Nothing: this module is not watched."""
 
 
-class _Frame(NamedTuple):
-    """One step on its way from the training thread to the reducer."""
-
-    step: int
-    transfer: packer.Transfer
-    scalars: dict[str, float]
-    snapshot: bool
-
-
-class _Reducer:
-    """The thread that makes rows of packed steps, in order, and offers them to the shipper."""
-
-    def __init__(
-        self, layers: tuple[Layer, ...], every: int, shipper: Shipper[packer.StepRows], dropped: Callable[[], int]
-    ) -> None:
-        self._eps = [layer.eps for layer in layers]
-        self._every = every
-        self._shipper = shipper
-        self._all_dropped = dropped
-        self._frames: deque[_Frame] = deque()
-        self._bytes = 0
-        self._changed = threading.Condition()
-        self._closing = False
-        self._deadline = float("inf")
-        self._complaints = Complaints()
-        self._past: tuple[Block | None, Block | None] = (None, None)
-        self.dropped = 0
-        self.latest: dict[str, float] = {}
-        self._thread = threading.Thread(target=self._run, name="brn-reducer", daemon=True)
-        self._thread.start()
-
-    def offer(self, frame: _Frame) -> None:
-        """Queue one step; a full queue drops it. Takes a lock that is only ever held for an instant."""
-        with self._changed:
-            size = frame.transfer.size_bytes
-            if len(self._frames) >= PENDING_STEPS or self._bytes + size > PENDING_BYTES:
-                self.dropped += 1
-                frame.transfer.release()
-                return
-            self._frames.append(frame)
-            self._bytes += size
-            self._changed.notify()
-
-    def close(self, timeout_seconds: float) -> bool:
-        """Reduce what waits until the deadline, drop the rest. Returns whether the thread has ended."""
-        with self._changed:
-            self._closing = True
-            self._deadline = time.monotonic() + timeout_seconds
-            self._changed.notify()
-        self._thread.join(timeout_seconds + 1.0)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        while (frame := self._next()) is not None:
-            try:
-                self._shipper.offer(self._rows(frame))
-            except Exception as error:
-                self.dropped += 1
-                self._complaints.say("reducing", f"a recorded step is lost: {type(error).__name__}: {error}")
-
-    def _next(self) -> _Frame | None:
-        with self._changed:
-            while True:
-                if self._closing and time.monotonic() >= self._deadline:
-                    self.dropped += len(self._frames)
-                    return None
-                if not self._frames:
-                    if self._closing:
-                        return None
-                    self._changed.wait()
-                elif self._frames[0].transfer.ready():
-                    frame = self._frames.popleft()
-                    self._bytes -= frame.transfer.size_bytes
-                    return frame
-                else:
-                    self._changed.wait(0.001)  # polled: waiting for the device would need a blocking call
-
-    def _rows(self, frame: _Frame) -> packer.StepRows:
-        scalars = dict(frame.scalars)
-        scalars[SCALAR_DROPPED] = float(self._all_dropped())
-        groups: list[tuple[LayerGroup, Any]] = []
-        probe = None
-        for key, values in frame.transfer.arrays():
-            match key:
-                case LayerGroup():
-                    groups.append((key, values))
-                case ProbeGroup(samples):
-                    probe = packer.ProbeRow(samples, *values.reshape(3, PROBE_FEATURES))
-                case ScalarGroup(names):
-                    scalars.update(zip(names, values.copy().view(np.float64).tolist(), strict=True))
-        now = packer.block(frame.step, groups, self._eps)
-        if now is None:
-            return packer.StepRows(frame.step, probe=probe, scalars=scalars)
-        before, before_that = (
-            past if past is not None and past.step == now.step - back * self._every else None
-            for back, past in enumerate(self._past, start=1)
-        )
-        columns, nulls = packer.layer_columns(now, before, before_that)
-        self._past = (now, self._past[0])
-        self.latest = {name: float(columns[name].mean()) for name in ("r_max", "d_max", "clip_r", "clip_d")}
-        snapshot = now if frame.snapshot else None
-        return packer.StepRows(frame.step, now.layers, columns, nulls, probe, scalars, snapshot)
-
-
 # --- making a recorder --------------------------------------------------------------------------------------------
 
 
 def _find_layers(model: nn.Module) -> list[tuple[str, BatchRenorm | _BatchNorm]]:
     found: list[tuple[str, BatchRenorm | _BatchNorm]] = []
+    own_name = {"": ""}  # the name in the user's module, whatever it is wrapped in
     for name, module in model.named_modules():
-        if isinstance(module, BatchRenorm) or (isinstance(module, _BatchNorm) and module.track_running_stats):
+        if name:
+            parent, _, part = name.rpartition(".")
+            part = "" if is_wrapper(model.get_submodule(parent)) else part
+            own_name[name] = ".".join(filter(None, (own_name[parent], part)))
+        if isinstance(module, BatchRenorm) or (isinstance(module, _BatchNorm) and module.running_mean is not None):
             if module.num_features < 1:
                 raise ValueError(f"layer {name!r} has no channels yet; run one forward before it is watched")
-            # the names of the user's module, whatever it is wrapped in
-            clean = ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-            found.append((clean or type(module).__name__, module))
+            found.append((own_name[name] or type(module).__name__, module))
     if not found:
         logger.warning(
             "the model has no normalization layer with moving statistics; its input and scalars are recorded"
@@ -592,8 +566,12 @@ def _check_at_least(**values: tuple[int, int]) -> None:
 def _sort_scalar(name: str, value: float | Tensor, host: dict[str, float], device: dict[str, Tensor]) -> None:
     if name.startswith("brn/"):
         raise ValueError(f"scalar names beginning with 'brn/' are reserved, got {name!r}")
+    if not 1 <= len(name) <= MAX_SCALAR_NAME:  # the service would refuse the whole batch
+        raise ValueError(f"a scalar's name must have 1 to {MAX_SCALAR_NAME} characters, got {len(name)}: {name[:40]!r}")
     if not isinstance(value, Tensor):
         host[name] = float(value)
+    elif value.numel() == 1 and value.is_cpu:
+        host[name] = value.item()  # waits for nothing, and costs a tenth of what a copy does
     elif value.numel() == 1:
         device[name] = value.detach().reshape(())
     else:
@@ -618,3 +596,9 @@ def _close_at_exit(reference: weakref.ref[Recorder]) -> None:
     if recorder is not None:
         # set by the interpreter when an exception ends the program
         recorder.close("failed" if hasattr(sys, "last_value") else "finished")
+
+
+def _close_on_signal(reference: weakref.ref[Recorder], seconds: float) -> None:
+    recorder = reference()
+    if recorder is not None:
+        recorder.close("failed", timeout_seconds=seconds)

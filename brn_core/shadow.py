@@ -72,15 +72,17 @@ def run_shadow(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return Shadow(tree_map(_detach, output), tree_map(_detach, inferred))
 
 
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether `module` only runs another: DistributedDataParallel, DataParallel, or what torch.compile answers."""
+    wrapped = isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    return wrapped or "_orig_mod" in module._modules
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's module inside DistributedDataParallel, DataParallel and torch.compile's wrapper."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
+    """The user's module inside wrappers."""
+    while is_wrapper(model):
+        model = next(child for child in model._modules.values() if child is not None)
+    return model
 
 
 @contextmanager

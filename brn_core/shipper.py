@@ -1,43 +1,50 @@
 """Sending batches to the service from a background thread that training never waits for.
 
-offer() -> bounded queue -> [thread] group, encode -> POST -> 2xx: stored
-                                                        -> 404: register the run, POST again
-                                                        -> 408, 425, 429, 5xx, 401, 403, no or no sensible answer:
-                                                           spool, then back off (with jitter; Retry-After counts)
-                                                        -> any other: refused; counted, set aside in the spool
+offer() -> bounded queue -> [thread] group, encode -> POST -> stored
+                                                        -> unavailable: spool, then back off (with jitter;
+                                                           Retry-After counts)
+                                                        -> refused: counted, set aside in the spool
+                                                        -> too large: sent again in parts
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import logging
-import math
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from types import TracebackType
-from typing import Any, Final, Generic, Literal, Self, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Generic, Protocol, TypeVar
 
-import httpx
-
+from brn_core.client import SENDER_THREAD, Answer, Client
+from brn_core.drain import Drained, drain
+from brn_core.journal import Journal
 from brn_core.spool import Spool, SpoolFolder
-from brn_core.wire import MEDIA_TYPE, RunCreate, RunUpdate
+from brn_core.wire import RunCreate, RunUpdate
 
 logger = logging.getLogger("brn_core")
 
-_THREAD_NAME: Final = "brn-shipper"
-# httpx logs every request at INFO: a line a second in the log of a training that only asked to be watched
-logging.getLogger("httpx").addFilter(lambda record: record.threadName != _THREAD_NAME)
 
-Item = TypeVar("Item")
+class Recorded(Protocol):
+    """A recorded step that knows its number and how much memory it takes."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+
+Item = TypeVar("Item", bound=Recorded)
 
 CAPACITY: Final = 4096
-"""Recorded steps that may wait in memory; when it is full the newest is dropped, so what is kept has no holes."""
+CAPACITY_BYTES: Final = 64 * 1024 * 1024
+"""Recorded steps that may wait in memory, by number and by size; beyond either the newest is dropped, so what is kept
+has no holes."""
 
 MAX_STEPS: Final = 256
 """Most recorded steps in one batch."""
@@ -47,216 +54,9 @@ MAX_BYTES: Final = 8 * 1024 * 1024
 
 _FIRST_DELAY_SECONDS: Final = 0.5
 _LONGEST_DELAY_SECONDS: Final = 30.0
-_LONGEST_RETRY_AFTER_SECONDS: Final = 300.0
-_RETRYABLE: Final = frozenset({401, 403, 408, 425, 429})
 _DRAIN_SLICE_SECONDS: Final = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What became of a request: `stored` for good, `unavailable` (try again later) or `refused` (never try again)."""
-
-    outcome: Literal["stored", "unavailable", "refused"]
-    detail: str
-    retry_after_seconds: float | None = None
-    acknowledgement: Mapping[str, Any] | None = None
-
-
-class Client:
-    """The service's write side over one connection that is kept alive. Use from one thread.
-
-    Args:
-        url: root of the service, `http://host:port`.
-        token: bearer token, or None.
-        timeout_seconds: longest wait for each of connecting, writing and reading.
-
-    Raises:
-        ValueError: the url is not http(s) with a host, or the token cannot stand in a header.
-    """
-
-    def __init__(self, url: str, *, token: str | None = None, timeout_seconds: float = 5.0) -> None:
-        try:
-            parsed = httpx.URL(url)
-        except (httpx.InvalidURL, TypeError) as error:
-            raise ValueError(f"url must look like http://127.0.0.1:8321, got {url!r}: {error}") from error
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ValueError(f"url must look like http://127.0.0.1:8321, got {url!r}")
-        if token is not None and not (token.isascii() and token.isprintable()):
-            raise ValueError("token must be printable ASCII, as it travels in a header")
-        self.url = url.rstrip("/")
-        self._timeout_seconds = timeout_seconds
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=timeout_seconds,
-            # a proxy of the environment cannot reach this machine's loopback
-            trust_env=parsed.host not in ("127.0.0.1", "localhost", "::1"),
-        )
-
-    def register(self, run: RunCreate, *, within_seconds: float | None = None) -> Answer:
-        """Say what the run is. `unavailable` also where the address is no such service at all (404, 405)."""
-        answer, _ = self._request(
-            "POST", "/v1/runs", run.model_dump_json().encode(), "application/json", within_seconds=within_seconds
-        )
-        return answer
-
-    def send(self, run: RunCreate, rank: int, seq: int, body: bytes, *, within_seconds: float | None = None) -> Answer:
-        """Send one batch; a service that does not know the run is told of it first."""
-
-        def post() -> tuple[Answer, int | None]:
-            path = f"/v1/runs/{run.id}/batches"
-            return self._request("POST", path, body, MEDIA_TYPE, {"rank": rank, "seq": seq}, within_seconds)
-
-        answer, status = post()
-        if status == 404:
-            registered = self.register(run, within_seconds=within_seconds)
-            if registered.outcome != "stored":
-                return registered
-            answer, _ = post()
-        if answer.outcome == "stored" and not isinstance((answer.acknowledgement or {}).get("rows"), int):
-            return Answer("unavailable", f"{self.url} answered a batch without an acknowledgement")
-        return answer
-
-    def update(self, run: RunCreate, update: RunUpdate, *, within_seconds: float | None = None) -> Answer:
-        """Change the run; a service that does not know it is told of it first."""
-        content = update.model_dump_json(exclude_unset=True).encode()
-        path = f"/v1/runs/{run.id}"
-        answer, status = self._request("PATCH", path, content, "application/json", within_seconds=within_seconds)
-        if status == 404:
-            registered = self.register(run, within_seconds=within_seconds)
-            if registered.outcome != "stored":
-                return registered
-            answer, _ = self._request("PATCH", path, content, "application/json", within_seconds=within_seconds)
-        return answer
-
-    def close(self) -> None:
-        self._http.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _request(
-        self,
-        method: str,
-        path: str,
-        content: bytes,
-        media_type: str,
-        params: dict[str, int] | None = None,
-        within_seconds: float | None = None,
-    ) -> tuple[Answer, int | None]:
-        timeout = self._timeout_seconds if within_seconds is None else min(self._timeout_seconds, within_seconds)
-        if timeout <= 0:
-            return Answer("unavailable", "no time left to send"), None
-        try:
-            response = self._http.request(
-                method, path, content=content, params=params, headers={"Content-Type": media_type}, timeout=timeout
-            )
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            return Answer("unavailable", f"no answer from {self.url}: {type(error).__name__} {error}".rstrip()), None
-        return self._judge(response, path), response.status_code
-
-    def _judge(self, response: httpx.Response, path: str) -> Answer:
-        status = response.status_code
-        if 200 <= status < 300:
-            try:
-                acknowledgement = response.json()
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                acknowledgement = None
-            if not isinstance(acknowledgement, dict):
-                return Answer("unavailable", f"{self.url} answered {status} but not with JSON; is it the service?")
-            return Answer("stored", "", acknowledgement=acknowledgement)
-        detail = f"{self.url}{path} answered {status}: {_detail(response)}"
-        wrong_address = status in (404, 405) and path == "/v1/runs"
-        if status in _RETRYABLE or status >= 500 or status < 400 or wrong_address:
-            return Answer("unavailable", detail, retry_after_seconds=_retry_after_seconds(response))
-        return Answer("refused", detail)
-
-
-def _detail(response: httpx.Response) -> str:
-    try:
-        problem = response.json()
-        text = problem.get("detail") or problem.get("title") if isinstance(problem, dict) else None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        text = None
-    return " ".join(str(text or response.reason_phrase).split())[:300]
-
-
-def _retry_after_seconds(response: httpx.Response) -> float | None:
-    """`Retry-After` as seconds from now, either form of RFC 9110 section 10.2.3; None where absent or senseless."""
-    value = response.headers.get("Retry-After")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(value)
-        except ValueError:
-            return None
-        if date.tzinfo is None:
-            date = date.replace(tzinfo=UTC)
-        seconds = (date - datetime.now(UTC)).total_seconds()
-    return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER_SECONDS) if math.isfinite(seconds) else None
-
-
-@dataclass(frozen=True, slots=True)
-class Drained:
-    """What draining one spool folder did, in batches (`steps`: recorded steps in those sent)."""
-
-    sent: int
-    steps: int
-    refused: int
-    refused_steps: int
-    left: int
-    problem: str | None
-    retry_after_seconds: float | None = None
-
-
-def drain(
-    client: Client, folder: SpoolFolder, *, registration: RunCreate | None = None, until: float | None = None
-) -> Drained:
-    """Send a folder's batches, oldest first, then the run's undelivered end; stop where the service is unavailable.
-
-    Args:
-        client: where to.
-        folder: what to send.
-        registration: of the run; by default the folder's own.
-        until: `time.monotonic()` at which to stop between two batches.
-    """
-    sent = steps = refused = refused_steps = 0
-    problem: str | None = None
-    run = registration or folder.registration()
-    parcels = folder.parcels()
-    if run is None:
-        return Drained(0, 0, 0, 0, len(parcels), f"{folder.path}: run.json is missing or damaged; nothing was sent")
-    for done, parcel in enumerate(parcels):
-        if until is not None and time.monotonic() >= until:
-            return Drained(sent, steps, refused, refused_steps, len(parcels) - done, problem)
-        body = parcel.body()
-        if body is None:
-            continue
-        answer = client.send(run, folder.rank, parcel.seq, body)
-        if answer.outcome == "unavailable":
-            left = len(parcels) - done
-            return Drained(sent, steps, refused, refused_steps, left, answer.detail, answer.retry_after_seconds)
-        if answer.outcome == "refused":
-            refused, refused_steps, problem = refused + 1, refused_steps + parcel.steps, answer.detail
-            parcel.set_aside()
-        else:
-            sent, steps = sent + 1, steps + parcel.steps
-            parcel.remove()
-    if (end := folder.end()) is not None:
-        answer = client.update(run, end)
-        if answer.outcome == "unavailable":
-            return Drained(sent, steps, refused, refused_steps, 1, answer.detail, answer.retry_after_seconds)
-        folder.remove_end()
-    folder.tidy()
-    return Drained(sent, steps, refused, refused_steps, 0, problem)
+_GRACE_SECONDS: Final = 1.0
+"""How far beyond its deadline a close may go: for spooling what is left."""
 
 
 class Shipper(Generic[Item]):
@@ -265,9 +65,12 @@ class Shipper(Generic[Item]):
     Args:
         client: where to send; the shipper closes it.
         registration: the run.
-        rank: global rank of this process. Rank 0 registers the run at once, and sends what earlier runs left behind.
+        rank: global rank of this process. Rank 0 registers the run at once.
         encode: a batch's body from items; runs in the shipper's thread.
         spool: where batches wait for a service that is away; None: such batches are dropped (and counted).
+        journal: where each batch is noted before it is sent, for a resumed process; steps that an earlier process has
+            settled are not sent again.
+        sends_leftovers: whether to send what earlier runs left in the spool; for one process of a host.
         flush_seconds: an item waits at most about this long before it is sent.
         capacity: items that may wait in memory.
         on_acknowledged: called in the shipper's thread with each acknowledgement.
@@ -281,6 +84,8 @@ class Shipper(Generic[Item]):
         encode: Callable[[Sequence[Item]], bytes],
         *,
         spool: Spool | None,
+        journal: Journal | None = None,
+        sends_leftovers: bool = False,
         flush_seconds: float = 1.0,
         capacity: int = CAPACITY,
         on_acknowledged: Callable[[Mapping[str, Any]], None] | None = None,
@@ -291,26 +96,38 @@ class Shipper(Generic[Item]):
         self._encode = encode
         self._spool = spool
         self._folder = spool.folder(registration.id, rank) if spool is not None else None
+        self._journal = journal
+        self._repeated = None if journal is None else journal.repeated
         self._flush_seconds = flush_seconds
         self._capacity = capacity
         self._on_acknowledged = on_acknowledged
         self._items: deque[Item] = deque()
+        self._waiting_bytes = 0
         self._oldest_at = 0.0  # time.monotonic() of the oldest waiting item
         self._changed = threading.Condition()
+        self._flushing = False
+        self._shipping = False  # items were taken out of the queue and are not settled yet
         self._closing = False
         self._deadline = float("inf")
         self._end: RunUpdate | None = None
         self._dropped = 0
         # unix microseconds: a resumed process of the same run and rank never reuses a number
-        self._seq = time.time_ns() // 1000
+        after = 0 if self._repeated is None else self._repeated.seq + 1  # whatever the clock says
+        self._seq = itertools.count(max(time.time_ns() // 1000, after))
+        self._max_bytes = MAX_BYTES
         self._registered = rank != 0
-        self._spooled = self._folder is not None and bool(self._folder.parcels())
-        self._leftovers = rank == 0 and spool is not None
+        self._spooled = False
+        self._leftovers = sends_leftovers and spool is not None
+        self._hopeless: set[Path] = set()
         self._failures = 0
         self._retry_at = 0.0
+        self._told_to_wait = False
+        self._asking = False
+        self._asked: tuple[int, int, bytes] | None = None  # the batch on its way: seq, steps, body
+        self._abandoned = False
         self._random = random.Random()  # its own: the global generator belongs to training
         self._complaints = Complaints()
-        self._thread = threading.Thread(target=self._run, name=_THREAD_NAME, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=SENDER_THREAD, daemon=True)
         self._thread.start()
 
     @property
@@ -320,33 +137,81 @@ class Shipper(Generic[Item]):
 
     def offer(self, item: Item) -> bool:
         """Queue one item. Never blocks on the service: a full queue drops the item, counts it and answers False."""
+        size = item.size_bytes
         with self._changed:
-            if self._closing or len(self._items) >= self._capacity:
+            if self._repeated is not None and item.step < self._repeated.first:
+                return True  # an earlier process has settled it
+            full = len(self._items) >= self._capacity or self._waiting_bytes + size > CAPACITY_BYTES
+            if self._closing or full:
                 self._dropped += 1
                 return False
             if not self._items:
                 self._oldest_at = time.monotonic()
             self._items.append(item)
-            if len(self._items) in (1, MAX_STEPS):  # the moments the thread has something new to decide
-                self._changed.notify()
+            self._waiting_bytes += size
+            # the moments the thread has something new to decide
+            if len(self._items) in (1, MAX_STEPS) or self._repeated is not None:
+                self._changed.notify_all()
         return True
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Wait until everything offered so far is settled: stored, spooled or given up and counted.
+
+        Returns:
+            False where that took too long, or where part of a repeated batch waits for its last steps.
+        """
+
+        def settled() -> bool:
+            return not self._shipping and (not self._items or self._held())
+
+        with self._changed:
+            self._flushing = True
+            self._changed.notify_all()
+            done = self._changed.wait_for(settled, timeout_seconds)
+            self._flushing = False
+            return done and not self._items
 
     def close(self, *, timeout_seconds: float = 5.0, end: RunUpdate | None = None) -> bool:
         """Send what waits until the deadline, spool the rest, then say `end` of the run. Idempotent.
 
+        Where the thread hangs in a request past the deadline (a name server that does not answer, an answer without
+        end), the caller spools what is left; the batch on its way may then be sent twice, and is stored once.
+
         Returns:
-            Whether the thread has ended; False only where a connection hangs past the deadline.
+            Whether the thread has ended.
         """
         with self._changed:
             if not self._closing:
                 self._closing = True
                 self._deadline = time.monotonic() + timeout_seconds
                 self._end = end
-                self._changed.notify()
-        self._thread.join(timeout_seconds + 6.0)  # a request in flight ends by its own timeout
+                if not self._told_to_wait:
+                    self._retry_at = 0.0  # the last chance: the service may be back since the last try
+                self._changed.notify_all()
+        self._thread.join(timeout_seconds + _GRACE_SECONDS)
+        if self._thread.is_alive() and self._asking:
+            self._guarded(self._rescue)
+        elif self._thread.is_alive():
+            self._thread.join(5 * _GRACE_SECONDS)  # it is spooling
         return not self._thread.is_alive()
 
-    # Everything below runs in the shipper's thread.
+    def _rescue(self) -> None:
+        """Spool what is left in memory, from the closing thread."""
+        with self._changed:
+            if self._abandoned:
+                return
+            self._abandoned = True
+            batches = []
+            while self._items:
+                batches.append(self._take())
+        if self._asked is not None:
+            self._to_spool(*self._asked)
+        for items, seq in batches:
+            self._ship(items, seq)
+        if self._folder is not None and self._end is not None:
+            self._folder.put_end(self._registration, self._end)
+
+    # Everything below runs in the shipper's thread (and, for `_rescue`, in the closing one).
 
     def _drop(self, steps: int) -> None:
         with self._changed:
@@ -354,39 +219,84 @@ class Shipper(Generic[Item]):
 
     def _run(self) -> None:
         try:
+            self._guarded(self._look_into_spool)
+            self._guarded(self._catch_up)  # the run first, then its rows
             while True:
-                items, closing = self._collect()
-                self._guarded(lambda items=items: self._ship(items), len(items))  # type: ignore[misc]
-                self._guarded(self._catch_up, 0)
+                items, seq, closing = self._collect()
+                self._guarded(lambda items=items, seq=seq: self._ship(items, seq))  # type: ignore[misc]
+                self._guarded(self._catch_up)
                 if closing and not self._items:
                     break
-            self._guarded(self._finish, 0)
+            if not self._abandoned:
+                self._guarded(self._finish)
         finally:
             self._client.close()
 
-    def _guarded(self, act: Callable[[], None], steps: int) -> None:
+    def _guarded(self, act: Callable[[], None]) -> None:
         try:
             act()
         except Exception as error:
-            self._drop(steps)
-            self._complaints.say("sending", f"recording could not be sent: {type(error).__name__}: {error}")
+            self._complaints.say("sending", f"sending what was recorded failed: {type(error).__name__}: {error}")
+            self._retry_at = time.monotonic() + _FIRST_DELAY_SECONDS  # whatever it is, it does not become a busy loop
 
-    def _collect(self) -> tuple[list[Item], bool]:
-        """Wait until a batch is due, the spool may be tried again, or the shipper is closing."""
+    def _look_into_spool(self) -> None:
+        if self._folder is None:
+            return
+        if self._rank == 0:
+            self._folder.remove_end()  # of an earlier process of this run: the run goes on
+        self._spooled = bool(self._folder.parcels())
+
+    def _collect(self) -> tuple[list[Item], int | None, bool]:
+        """Wait until a batch is due, the spool may be tried again, or the shipper is closing.
+
+        Returns:
+            The batch, its number if it is one that is repeated, and whether the shipper is closing.
+        """
         with self._changed:
+            self._shipping = False
+            self._changed.notify_all()  # a flush may wait for it
             while not self._closing:
                 now = time.monotonic()
-                due_at = float("inf")
-                if self._items:
-                    due_at = now if len(self._items) >= MAX_STEPS else self._oldest_at + self._flush_seconds
+                due_at = self._due_at(now)
                 if self._backlog():
                     due_at = min(due_at, max(self._retry_at, now))
                 if due_at <= now:
                     break
                 self._changed.wait(None if due_at == float("inf") else due_at - now)
-            items = [self._items.popleft() for _ in range(min(len(self._items), MAX_STEPS))]
-            self._oldest_at = time.monotonic()
-            return items, self._closing
+            items, seq = self._take()
+            self._shipping = bool(items)
+            return items, seq, self._closing
+
+    def _due_at(self, now: float) -> float:
+        """When a batch of the waiting items is to be sent."""
+        if not self._items or self._held():
+            return float("inf")
+        if len(self._items) >= MAX_STEPS or self._flushing or self._repeated is not None:
+            return now
+        return self._oldest_at + self._flush_seconds
+
+    def _held(self) -> bool:
+        """Whether the first items belong to a batch that is repeated and whose last steps are still to come."""
+        return self._repeated is not None and bool(self._items) and self._items[-1].step < self._repeated.last
+
+    def _take(self) -> tuple[list[Item], int | None]:
+        """The next batch out of the queue, and its number if it is repeated. The lock is held."""
+        if self._held():
+            if self._closing:
+                # Perhaps it is stored as a whole, and a part under its number would take the whole's place. Whoever
+                # goes on from the last checkpoint sends all of it.
+                self._items.clear()
+                self._waiting_bytes = 0
+            return [], None
+        repeated, seq, count = self._repeated, None, min(len(self._items), MAX_STEPS)
+        if repeated is not None and self._items:
+            if within := sum(item.step <= repeated.last for item in self._items):
+                seq, count = repeated.seq, within
+            self._repeated = None
+        items = [self._items.popleft() for _ in range(count)]
+        self._waiting_bytes -= sum(item.size_bytes for item in items)
+        self._oldest_at = time.monotonic()
+        return items, seq
 
     def _backlog(self) -> bool:
         return not self._registered or self._spooled or self._leftovers
@@ -396,37 +306,81 @@ class Shipper(Generic[Item]):
 
     def _may_send(self) -> bool:
         left = self._seconds_left()
-        if left is not None and left <= 0:
+        if self._abandoned or (left is not None and left <= 0):
             return False
         return time.monotonic() >= self._retry_at
 
-    def _ship(self, items: list[Item]) -> None:
+    @contextmanager
+    def _request(self, seq: int = 0, steps: int = 0, body: bytes = b"") -> Iterator[None]:
+        """Marks the time in which the thread may hang in a connection, with the batch that would then be lost."""
+        self._asked = (seq, steps, body) if body else None
+        self._asking = True
+        try:
+            yield
+        finally:
+            self._asking = False
+            self._asked = None
+
+    def _ship(self, items: Sequence[Item], repeated_seq: int | None = None) -> None:
         if not items:
             return
-        body = self._encode(items)
+        try:
+            body = self._encode(items)
+        except Exception as error:
+            if len(items) > 1:  # the others are not to blame
+                self._ship_halves(items)
+                return
+            self._drop(1)
+            self._complaints.say("encoding", f"a recorded step is lost: {type(error).__name__}: {error}")
+            return
         if not body:
             return
-        if len(body) > MAX_BYTES and len(items) > 1:
-            self._ship(items[: len(items) // 2])
-            self._ship(items[len(items) // 2 :])
+        if len(body) > self._max_bytes and len(items) > 1 and repeated_seq is None:
+            self._ship_halves(items)
             return
-        seq, self._seq = self._seq, self._seq + 1
+        seq = next(self._seq) if repeated_seq is None else repeated_seq
+        self._begin(seq, items)
         if self._may_send() and not self._spooled:
-            answer = self._client.send(self._registration, self._rank, seq, body, within_seconds=self._seconds_left())
+            with self._request(seq, len(items), body):
+                answer = self._client.send(
+                    self._registration, self._rank, seq, body, within_seconds=self._seconds_left()
+                )
+            if self._abandoned:
+                return
             if answer.outcome == "stored":
                 self._recovered()
                 self._registered = True
-                self._guarded(lambda: self._acknowledged(answer), 0)
+                self._acknowledged(answer.acknowledgement)
+                return
+            if answer.status == 413 and len(items) > 1:  # a proxy on the way takes less than the service does
+                self._max_bytes = len(body) // 2
+                self._ship_halves(items)
                 return
             if answer.outcome == "refused":
                 self._refused(seq, len(items), body, answer.detail)
                 return
-            self._unavailable(answer.detail, answer.retry_after_seconds)
+            self._unavailable(answer)
         self._to_spool(seq, len(items), body)
 
-    def _acknowledged(self, answer: Answer) -> None:
-        if self._on_acknowledged is not None and answer.acknowledgement is not None:
-            self._on_acknowledged(answer.acknowledgement)
+    def _begin(self, seq: int, items: Sequence[Item]) -> None:
+        if self._journal is None:
+            return
+        try:
+            self._journal.begin(seq, items[0].step, items[-1].step)
+        except OSError as error:
+            text = f"what is sent cannot be noted: {error}; a training resumed now would store some rows twice"
+            self._complaints.say("journal", text)
+
+    def _ship_halves(self, items: Sequence[Item]) -> None:
+        self._ship(items[: len(items) // 2])
+        self._ship(items[len(items) // 2 :])
+
+    def _acknowledged(self, acknowledgement: Mapping[str, Any] | None) -> None:
+        if self._on_acknowledged is not None and acknowledgement is not None:
+            try:
+                self._on_acknowledged(acknowledgement)
+            except Exception as error:
+                self._complaints.say("acknowledgement", f"an acknowledgement could not be read: {error!r}")
 
     def _to_spool(self, seq: int, steps: int, body: bytes) -> None:
         if self._folder is None:
@@ -434,7 +388,7 @@ class Shipper(Generic[Item]):
             return
         try:
             dropped = self._folder.put(self._registration, seq, steps, body)
-        except OSError as error:
+        except Exception as error:
             self._drop(steps)
             self._complaints.say("spool", f"recorded steps are lost, the spool cannot be written: {error}")
             return
@@ -452,19 +406,22 @@ class Shipper(Generic[Item]):
             except OSError as error:
                 self._complaints.say("spool", f"a refused batch could not be kept: {error}")
 
-    def _unavailable(self, detail: str, retry_after_seconds: float | None) -> None:
-        longest = min(_FIRST_DELAY_SECONDS * 2**self._failures, _LONGEST_DELAY_SECONDS)
+    def _unavailable(self, answer: Answer) -> None:
+        delay = min(_FIRST_DELAY_SECONDS * 2**self._failures, _LONGEST_DELAY_SECONDS) * self._random.uniform(0.5, 1.0)
         self._failures = min(self._failures + 1, 16)
-        delay = retry_after_seconds if retry_after_seconds is not None else longest * self._random.uniform(0.5, 1.0)
+        self._told_to_wait = answer.retry_after_seconds is not None
+        if answer.retry_after_seconds is not None:  # and not all ranks at that very moment
+            delay = answer.retry_after_seconds + self._random.uniform(0.0, _FIRST_DELAY_SECONDS)
         self._retry_at = time.monotonic() + delay
         where = f"kept in {self._folder.path}" if self._folder is not None else "DROPPED, there is no spool"
-        self._complaints.say("unavailable", f"{detail}; training goes on, recorded steps are {where}")
+        self._complaints.say("unavailable", f"{answer.detail}; training goes on, recorded steps are {where}")
 
     def _recovered(self) -> None:
         if self._failures:
             logger.info("%s answers again", self._client.url)
         self._failures = 0
         self._retry_at = 0.0
+        self._told_to_wait = False
         self._complaints.forget("unavailable")
 
     def _catch_up(self) -> None:
@@ -472,37 +429,50 @@ class Shipper(Generic[Item]):
         if not self._may_send() or not self._backlog():
             return
         if not self._registered:
-            answer = self._client.register(self._registration, within_seconds=self._seconds_left())
+            with self._request():
+                answer = self._client.register(self._registration, within_seconds=self._seconds_left())
             if answer.outcome == "unavailable":
-                self._unavailable(answer.detail, answer.retry_after_seconds)
+                self._unavailable(answer)
                 return
             if answer.outcome == "refused":
                 self._complaints.say("registration", f"the run could not be registered: {answer.detail}")
             self._registered = True
             self._recovered()
-        until = min(time.monotonic() + _DRAIN_SLICE_SECONDS, self._deadline)
         if self._spooled and self._folder is not None:
-            drained = self._drain(self._folder, until, self._registration)
+            drained = self._drain(self._folder, self._registration)
             self._drop(drained.refused_steps)
-            self._spooled = drained.left > 0
+            self._acknowledged(drained.acknowledgement)
+            # what cannot be read or removed here waits for the next process
+            self._spooled = drained.left > 0 and not drained.stuck
         elif self._leftovers and self._spool is not None and not self._closing:
-            others = [folder for folder in self._spool.folders() if folder.run != self._registration.id]
-            undrained = next((f for f in others if f.registration() is not None), None)
-            if undrained is None:
-                self._leftovers = False
-                return
-            drained = self._drain(undrained, until, None)
-            if not drained.left:
-                logger.info("sent what run %s had left in the spool: %d steps", undrained.run, drained.steps)
+            self._send_leftovers(self._spool)
 
-    def _drain(self, folder: SpoolFolder, until: float, registration: RunCreate | None) -> Drained:
-        drained = drain(self._client, folder, registration=registration, until=until)
-        if drained.refused:
-            self._complaints.say("refused", f"{drained.problem} (set aside in {folder.path / 'refused'})")
-        elif drained.problem is not None:
-            self._unavailable(drained.problem, drained.retry_after_seconds)
-        else:
+    def _send_leftovers(self, spool: Spool) -> None:
+        own = self._registration.id
+        found = next((f for f in spool.folders() if f.run != own and f.path not in self._hopeless), None)
+        if found is None:
+            self._leftovers = False
+            return
+        drained = self._drain(found, None)
+        if drained.stuck:
+            self._hopeless.add(found.path)
+        elif not drained.left:
+            logger.info("sent what run %s had left in the spool: %d steps", found.run, drained.steps)
+
+    def _drain(self, folder: SpoolFolder, registration: RunCreate | None) -> Drained:
+        until = min(time.monotonic() + _DRAIN_SLICE_SECONDS, self._deadline)
+        deadline = self._deadline if self._closing else None
+        with self._request():
+            drained = drain(self._client, folder, registration=registration, until=until, deadline=deadline)
+        if drained.sent:
             self._recovered()
+        if drained.refused:
+            self._complaints.say("refused", f"{drained.refusal} (set aside in {folder.path / 'refused'})")
+        if drained.unavailable is not None:
+            self._unavailable(drained.unavailable)
+        elif drained.stuck:
+            assert drained.problem is not None
+            self._complaints.say(f"spool {folder.path}", drained.problem)
         return drained
 
     def _finish(self) -> None:
@@ -512,11 +482,13 @@ class Shipper(Generic[Item]):
             return
         left = self._seconds_left()
         if not self._spooled and left is not None and left > 0:
-            answer = self._client.update(self._registration, self._end, within_seconds=left)
+            with self._request():
+                answer = self._client.update(self._registration, self._end, within_seconds=left)
             if answer.outcome == "stored":
+                self._acknowledged(answer.acknowledgement)
                 return
             self._complaints.say("end", answer.detail)
-        if self._folder is not None:
+        if self._folder is not None and not self._abandoned:
             self._folder.put_end(self._registration, self._end)
 
 

@@ -5,28 +5,43 @@ Layout, one folder a run and rank, complete in itself so that any process can se
     DIR/<run>/rank-<rank>/run.json                      the run's registration (wire.RunCreate)
                           <seq>-<steps>.arrow           one batch, the body as it would have been sent
                           end.json                      the run's last update (wire.RunUpdate), if it was not delivered
-                          refused/<seq>-<steps>.arrow   batches the service refused, kept for inspection
+                          refused/<seq>-<steps>.arrow   the first batches that the service refused, for inspection
 
-A file appears whole or not at all (written beside, then renamed). Sending one twice is harmless: the service takes each
-(run, rank, seq) once. `python -m brn_core.spool DIR --url URL` sends what a folder holds.
+A file appears whole or not at all (written beside, synced to the disk, then renamed). Sending one twice is harmless:
+the service takes each (run, rank, seq) once, so several processes may send from one folder (`drain`).
+`python -m brn_core.spool DIR --url URL` and `brn-train --sync DIR` send what a folder holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import re
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from brn_core.atomic import replacing
 from brn_core.wire import RUN_ID_PATTERN, RunCreate, RunUpdate
 
 DEFAULT_LIMIT_BYTES: Final = 256 * 1024 * 1024
+"""Most bytes of batches that wait, for each run and rank."""
+
+REFUSED_LIMIT_BYTES: Final = 16 * 1024 * 1024
+"""Most bytes of refused batches that are kept, for each run and rank: the first ones say what went wrong."""
+
+RESERVE_BYTES: Final = 1024**3
+"""Room on the disk that is left to checkpoints: nothing is spooled into the last GiB, nor the last fiftieth if less."""
+
+_SLACK: Final = 16
+"""A spool at its limit frees a sixteenth of it at once, so that it need not look through its files for every batch."""
 
 _RANK: Final = re.compile(r"^rank-(\d{1,9})$")
 _PARCEL: Final = re.compile(r"^(\d{20})-(\d{1,9})\.arrow$")
@@ -48,14 +63,13 @@ class Parcel:
         except FileNotFoundError:
             return None
 
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-    def set_aside(self) -> None:
-        """Move it to the folder's `refused/`: it is not sent again and does not count to the limit."""
-        target = self.path.parent / "refused" / self.path.name
-        target.parent.mkdir(exist_ok=True)
-        self.path.replace(target)
+    def remove(self) -> bool:
+        """Remove the file; False where another process has done so."""
+        try:
+            self.path.unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
 
 class SpoolFolder:
@@ -73,6 +87,10 @@ class SpoolFolder:
         self.run = run
         self.rank = rank
         self._limit_bytes = limit_bytes
+        # Bytes of batches at most: others may have sent some. None: not looked yet.
+        self._used_bytes: int | None = None
+        self._described = False
+        self._postponed: set[int] = set()
 
     def put(self, registration: RunCreate, seq: int, steps: int, body: bytes) -> int:
         """Keep one batch.
@@ -87,15 +105,20 @@ class SpoolFolder:
             The number of recorded steps that were dropped to stay within the limit (this batch's own included).
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written, or the disk is nearly full.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / "run.json").exists():
-            _write(self.path / "run.json", registration.model_dump_json().encode())
-        dropped = self._make_room(len(body))
         if len(body) > self._limit_bytes:
-            return dropped + steps
-        _write(self.path / f"{seq:020d}-{steps}.arrow", body)
+            return steps
+        self._describe(registration)
+        _leave_reserve(self.path, len(body))
+        dropped = self._make_room(len(body))
+        target = self.path / f"{seq:020d}-{steps}.arrow"
+        try:
+            _write(target, body)
+        except FileNotFoundError:  # another process has sent everything, and tidied the folder away just now
+            self._describe(registration)
+            _write(target, body)
+        self._used_bytes = (self._used_bytes or 0) + len(body)
         return dropped
 
     def put_end(self, registration: RunCreate, update: RunUpdate) -> None:
@@ -104,23 +127,43 @@ class SpoolFolder:
         Raises:
             OSError: the folder cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.path / "run.json", registration.model_dump_json().encode())
+        self._describe(registration)
         _write(self.path / "end.json", update.model_dump_json(exclude_unset=True).encode())
 
     def put_aside(self, registration: RunCreate, seq: int, steps: int, body: bytes) -> None:
-        """Keep a batch that the service refused, for inspection.
+        """Keep a batch that the service refused, for inspection, as long as there is room for refused ones.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is nearly full.
+        """
+        self._describe(registration)
+        _leave_reserve(self.path, len(body))
+        if self._room_for_refused(len(body)):
+            _write(self.path / "refused" / f"{seq:020d}-{steps}.arrow", body)
+
+    def set_aside(self, parcel: Parcel) -> None:
+        """Move a batch to `refused/`, where it waits for nobody; without room there it is removed.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        (self.path / "refused").mkdir(parents=True, exist_ok=True)
-        _write(self.path / "run.json", registration.model_dump_json().encode())
-        _write(self.path / "refused" / f"{seq:020d}-{steps}.arrow", body)
+        if self._room_for_refused(_size(parcel.path)):
+            with contextlib.suppress(FileNotFoundError):  # another process has done so
+                parcel.path.replace(self.path / "refused" / parcel.path.name)
+        else:
+            parcel.remove()
 
     def parcels(self) -> list[Parcel]:
-        """What waits to be sent, oldest first."""
-        return sorted(self._parcels_in(self.path))
+        """What waits to be sent, oldest first (see `postpone`).
+
+        Raises:
+            OSError: the folder is there but cannot be read.
+        """
+        return sorted(_parcels_in(self.path), key=lambda parcel: (parcel.seq in self._postponed, parcel))
+
+    def postpone(self, parcel: Parcel) -> None:
+        """Let this process send the others first: one batch that the service fails on holds up no other."""
+        self._postponed.add(parcel.seq)
 
     def registration(self) -> RunCreate | None:
         """The run's registration, or None where it is missing or unreadable."""
@@ -134,55 +177,65 @@ class SpoolFolder:
         (self.path / "end.json").unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        """Remove the folder when nothing in it waits or was refused."""
+        """Remove the folder when nothing in it waits or was refused, with what a killed writer left half-written."""
         try:
-            left = {entry.name for entry in self.path.iterdir()}
+            entries = list(self.path.iterdir())
         except OSError:
             return
-        if left - {"run.json"}:
+        partial = [entry for entry in entries if entry.name.endswith(".partial")]
+        if len(entries) - len(partial) > 1 or not (described := _read(self.path / "run.json", RunCreate)):
             return
-        (self.path / "run.json").unlink(missing_ok=True)
-        for folder in (self.path, self.path.parent):
-            try:
-                folder.rmdir()
-            except OSError:  # another rank's folder, or a batch put meanwhile
-                return
+        for entry in [*partial, self.path / "run.json"]:
+            entry.unlink(missing_ok=True)
+        try:
+            self.path.rmdir()
+        except OSError:  # a batch was put meanwhile, by a process that still saw run.json
+            _write(self.path / "run.json", described.model_dump_json().encode())
+            return
+        with contextlib.suppress(OSError):  # another rank's folder
+            self.path.parent.rmdir()
+
+    def _describe(self, registration: RunCreate) -> None:
+        """Have run.json say what this process knows of the run, not what an earlier one did."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self._described or not (self.path / "run.json").exists():
+            _write(self.path / "run.json", registration.model_dump_json().encode())
+            self._described = True
 
     def _make_room(self, needed: int) -> int:
-        sizes = [(parcel, _size(parcel.path)) for parcel in self.parcels()]
-        used = sum(size for _, size in sizes)
+        if self._used_bytes is not None and self._used_bytes + needed <= self._limit_bytes:
+            return 0
+        sizes = [(parcel, _size(parcel.path)) for parcel in sorted(_parcels_in(self.path))]
+        self._used_bytes = sum(size for _, size in sizes)
+        if self._used_bytes + needed <= self._limit_bytes:
+            return 0
         dropped = 0
         for parcel, size in sizes:
-            if used + needed <= self._limit_bytes:
+            if self._used_bytes + needed <= self._limit_bytes - self._limit_bytes // _SLACK:
                 break
-            parcel.remove()
-            used -= size
-            dropped += parcel.steps
+            self._used_bytes -= size
+            if parcel.remove():
+                dropped += parcel.steps
         return dropped
 
-    @staticmethod
-    def _parcels_in(folder: Path) -> Iterator[Parcel]:
-        try:
-            entries = list(folder.iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        for entry in entries:
-            if match := _PARCEL.match(entry.name):
-                yield Parcel(int(match[1]), int(match[2]), entry)
+    def _room_for_refused(self, needed: int) -> bool:
+        refused = self.path / "refused"
+        refused.mkdir(parents=True, exist_ok=True)
+        return sum(_size(parcel.path) for parcel in _parcels_in(refused)) + needed <= REFUSED_LIMIT_BYTES
 
 
 class Spool:
     """A directory of spooled batches, of any number of runs and ranks.
 
     Args:
-        directory: where the files lie; made when first needed.
+        directory: where the files lie; made when first needed. It stays where it is when the working directory changes.
         limit_bytes: most bytes of batches kept for each run and rank.
     """
 
     def __init__(self, directory: str | Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
         if limit_bytes < 1:
             raise ValueError(f"limit_bytes must be >= 1, got {limit_bytes}")
-        self.directory = Path(directory)
+        self.directory = Path(directory).expanduser().absolute()
         self._limit_bytes = limit_bytes
 
     def folder(self, run: str, rank: int) -> SpoolFolder:
@@ -209,16 +262,26 @@ class Spool:
         return [folder for _, folder in sorted(found, key=lambda pair: pair[0])]
 
 
-def _write(path: Path, content: bytes) -> None:
-    # the writer's process id keeps two writers of one name apart; no fsync: a file cut by a power failure is refused
-    # by the service's checks and set aside
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+def _parcels_in(folder: Path) -> list[Parcel]:
     try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+        entries = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    matches = ((entry, _PARCEL.match(entry.name)) for entry in entries)
+    return [Parcel(int(match[1]), int(match[2]), entry) for entry, match in matches if match]
+
+
+def _write(path: Path, content: bytes) -> None:
+    with replacing(path) as file:
+        file.write(content)
+
+
+def _leave_reserve(folder: Path, needed: int) -> None:
+    disk = shutil.disk_usage(folder)
+    reserve = min(RESERVE_BYTES, disk.total // 50)
+    if disk.total and disk.free - needed < reserve:
+        text = f"the disk of {folder} is nearly full: {disk.free} bytes free, {reserve} of them are left to others"
+        raise OSError(errno.ENOSPC, text)
 
 
 def _read(path: Path, record: type[_Record]) -> _Record | None:
@@ -243,8 +306,8 @@ def _modified(path: Path) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Send what a spool directory holds; print one line a run and rank. Returns the process's exit code."""
-    from brn_core.shipper import Client, drain
+    """Runs `python -m brn_core.spool`; returns the process's exit code."""
+    from brn_core.drain import sync
 
     parser = argparse.ArgumentParser(
         prog="python -m brn_core.spool", description="Send the batches that a training process left in its spool."
@@ -253,29 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", required=True, help="the service, for example http://127.0.0.1:8321")
     parser.add_argument("--token", help="bearer token of the service (default: the environment's BRN_TOKEN)")
     options = parser.parse_args(arguments)
-    try:
-        if not options.directory.is_dir():
-            raise NotADirectoryError(f"{options.directory} is no directory; name the recorder's spool directory")
-        folders = Spool(options.directory).folders()
-        client = Client(options.url, token=options.token or os.environ.get("BRN_TOKEN"))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not folders:
-        print(f"{options.directory}: nothing to send")
-        return 0
-    with client:
-        for folder in folders:
-            report = drain(client, folder)
-            print(
-                f"{folder.run} rank {folder.rank}: sent {report.sent} batches ({report.steps} steps), "
-                f"refused {report.refused}, left {report.left}"
-            )
-            if report.problem is not None:
-                print(f"error: {report.problem}", file=sys.stderr)
-            if report.left:
-                return 1
-    return 0
+    return sync(options.directory, options.url, options.token or os.environ.get("BRN_TOKEN"))
 
 
 if __name__ == "__main__":

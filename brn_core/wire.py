@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
 SCHEMA_VERSION: Final = 1
 
@@ -232,12 +232,48 @@ SCALAR_SHADOW_DISAGREEMENT: Final = "brn/shadow_disagreement"
 SCALAR_STEP_TIME: Final = "brn/step_time_seconds"
 SCALAR_DROPPED: Final = "brn/dropped_steps"
 
+MAX_SCALAR_NAME: Final = 200
+"""Most characters of a scalar's name; at least one."""
+
+MAX_FAILURE: Final = 500
+"""Most characters of what is said of a failed run."""
+
 RUN_ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 RunId = Annotated[str, StringConstraints(pattern=RUN_ID_PATTERN)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=60, strip_whitespace=True)]
+Notes = Annotated[str, StringConstraints(max_length=10_000)]
+Failure = Annotated[str, StringConstraints(max_length=MAX_FAILURE)]
 LayerKind = Literal["BatchRenorm", "BatchNorm", "SyncBatchNorm"]
 RunStatus = Literal["running", "finished", "failed"]
+
+
+HIDDEN: Final = "(hidden)"
+
+_SECRET_NAME: Final = re.compile(
+    r"(?:^|_)(?:\w*token|password|passwd|pwd|passphrase|authorization)$|secret|credential|(?:api|access|private)_?key"
+)
+_SPECIAL_TOKEN: Final = re.compile(r"[<\[].*[>\]]")  # a tokenizer's "pad_token": "<pad>" is none
+_PASSWORD_IN_URL: Final = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def without_secrets(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """A run's settings without what should not be stored: texts under names like `api_key`, and passwords in URLs."""
+    return {name: _without_secrets(name, value) for name, value in config.items()}
+
+
+def _without_secrets(name: str, value: JsonValue) -> JsonValue:
+    match value:
+        case dict():
+            return without_secrets(value)
+        case list():
+            return [_without_secrets(name, one) for one in value]
+        case str() if _SECRET_NAME.search(re.sub(r"\W", "_", name.lower())) and not _SPECIAL_TOKEN.fullmatch(value):
+            return HIDDEN if value else value
+        case str():
+            return _PASSWORD_IN_URL.sub(f"{HIDDEN}@", value)
+        case _:
+            return value
 
 
 class _Record(BaseModel):
@@ -276,10 +312,12 @@ class RunCreate(_Record):
     batch_size: int | None = Field(default=None, ge=1, description="Samples a rank and step.")
     planned_steps: int | None = Field(default=None, ge=1)
     schedule: Schedule | None = Field(default=None, description="Null where no schedule is planned.")
-    config: dict[str, JsonValue] = Field(
-        default_factory=dict, description="The user's own settings, shown as they are."
+    config: Annotated[dict[str, JsonValue], AfterValidator(without_secrets)] = Field(
+        default_factory=dict, description="The user's own settings; what looks like a secret is kept as `(hidden)`."
     )
     tags: tuple[Tag, ...] = ()
+    notes: Notes = ""
+    failure: Failure = Field(default="", description="Why the run failed, and which rank; said at its end.")
     layers: tuple[Layer, ...] = Field(default=(), max_length=65536)
 
 
@@ -288,7 +326,9 @@ class RunUpdate(_Record):
 
     name: Name | None = None
     tags: tuple[Tag, ...] | None = None
+    notes: Notes | None = None
     status: RunStatus | None = None
+    failure: Failure | None = None
 
 
 _END_OF_STREAM: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow IPC: continuation mark, length 0
@@ -318,6 +358,10 @@ def encode_batch(tables: Mapping[str, pa.RecordBatch | pa.Table]) -> bytes:
     return sink.getvalue()
 
 
+_READ_OPTIONS: Final = pa.ipc.IpcReadOptions(use_threads=False)
+"""Columns of a batch are small: handing them to threads takes longer than decompressing them."""
+
+
 def decode_batch(body: bytes) -> dict[str, pa.Table]:
     """The tables of a request body, by name.
 
@@ -328,7 +372,7 @@ def decode_batch(body: bytes) -> dict[str, pa.Table]:
     source = pa.BufferReader(body)
     while source.tell() < len(body):
         try:
-            with pa.ipc.open_stream(source) as reader:
+            with pa.ipc.open_stream(source, options=_READ_OPTIONS) as reader:
                 metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
                 table = reader.read_all()
                 table.validate(full=True)

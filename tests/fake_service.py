@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class FakeService:
     Attributes:
         runs: the registration of each run, as JSON.
         statuses: the last status each run was given.
+        failures: why runs failed, as they said last.
         batches: the tables of each stored batch by (run, rank, seq).
         duplicates: how many batches came again.
         requests: (method, path, headers) of everything that arrived.
@@ -44,12 +46,14 @@ class FakeService:
 
     def __init__(self, fault: Callable[[str, str], Fault | None] | None = None, port: int = 0) -> None:
         self.fault = fault or (lambda method, path: None)
-        self.verdict: dict[str, str] = HEALTHY
+        self.findings: list[dict[str, str]] = []
         self.runs: dict[str, Any] = {}
         self.statuses: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
         self.batches: dict[tuple[str, int, int], dict[str, Any]] = {}
         self.duplicates = 0
         self.connections = 0
+        self.open: set[socket.socket] = set()
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
@@ -66,6 +70,9 @@ class FakeService:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+        for connection in list(self.open):  # gone is gone: a connection kept alive would still be answered
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def rows(self, table: str, rank: int | None = None) -> list[dict[str, Any]]:
         """All stored rows of one table, in the order of their batches."""
@@ -97,6 +104,8 @@ class FakeService:
                 update = wire.RunUpdate.model_validate_json(body)
                 if update.status is not None:
                     self.statuses[parts[2]] = update.status
+                if update.failure is not None:
+                    self.failures[parts[2]] = update.failure
                 return 200, self.runs[parts[2]]
             try:
                 tables = wire.decode_batch(body)
@@ -107,7 +116,7 @@ class FakeService:
             self.duplicates += duplicate
             self.batches.setdefault(key, tables)
             rows = sum(table.num_rows for table in tables.values())
-            return 200, {"rows": rows, "duplicate": duplicate, "verdict": self.verdict}
+            return 200, {"rows": rows, "duplicate": duplicate, "verdict": HEALTHY, "findings": self.findings}
 
 
 def _handler(service: FakeService) -> type[BaseHTTPRequestHandler]:
@@ -117,6 +126,7 @@ def _handler(service: FakeService) -> type[BaseHTTPRequestHandler]:
         def setup(self) -> None:
             super().setup()
             service.connections += 1
+            service.open.add(self.connection)
 
         def log_message(self, *args: object) -> None:
             pass
@@ -152,6 +162,7 @@ def _handler(service: FakeService) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True  # the sender did not wait
 
         def finish(self) -> None:
+            service.open.discard(self.connection)
             with contextlib.suppress(OSError, ValueError):  # hung up
                 super().finish()
 

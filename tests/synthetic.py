@@ -68,6 +68,18 @@ def scalar_rows(values: dict[str, list[tuple[int, float]]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=wire.TABLES["scalars"])
 
 
+def clustered_tables() -> dict[str, pa.Table]:
+    """200 steps of one rank: batches of 32 whose means vary as those of 4 independent samples do."""
+    steps = range(200)
+    probe = probe_rows(steps, samples=4)
+    samples = pa.array([32] * len(steps), pa.uint32())
+    return {
+        "probe": probe.set_column(1, probe.schema.field("samples"), samples),
+        "layers": layer_rows(steps, 3),
+        "scalars": scalar_rows({"loss": [(step, 1.0) for step in steps]}),
+    }
+
+
 def create(client: httpx.Client, record: wire.RunCreate) -> httpx.Response:
     """Posts a run."""
     return client.post("/v1/runs", content=record.model_dump_json(), headers={"content-type": "application/json"})

@@ -6,19 +6,20 @@ import pytest
 import torch
 
 from brn_core import wire
+from brn_core.capture import BatchNormMoments, Transfer, pack
 from brn_core.functional import Observation
 from brn_core.packer import (
     LIMITS,
     VECTORS,
-    BatchNormMoments,
     Block,
     LayerGroup,
-    Packer,
+    LayerRows,
     ProbeRow,
+    Row,
     StepRows,
-    Transfer,
     block,
     layer_columns,
+    snapshot,
     tables,
 )
 
@@ -102,18 +103,18 @@ def _sample(x, mu, running_var):
     return BatchNormMoments(x.mean(2), x.var(2, correction=0), mu, running_var)
 
 
-def _block_of(packer, step, taken, eps):
-    transfer = Transfer.start(packer.pack(taken), {})
+def _block_of(steps, eps):
+    transfer = Transfer.start(pack(steps), {})
     assert transfer.ready()
-    return block(step, [(k, a) for k, a in transfer.arrays() if isinstance(k, LayerGroup)], eps)
+    return block(transfer.arrays(), eps)
 
 
-def test_every_column_is_what_its_meaning_says():
+@pytest.mark.parametrize("parts", ["one by one", "at once", "in two"])
+def test_every_column_is_what_its_meaning_says_however_steps_are_gathered(parts):
     generator = torch.Generator().manual_seed(3)
     shapes, eps = [(6, 4, 5), (6, 7, 3), (6, 1, 2)], [EPS, 1e-5, 0.0]
     limits = [(0.8, 1.25, 0.3), (1.0, 1.0, 0.0), (0.5, 2.0, 1.0)]
-    packer = Packer(eps)
-    blocks, references = [], []
+    steps, references = {}, []
     for step in range(3):
         taken, per_layer = {}, []
         for layer, shape in enumerate(shapes):
@@ -137,12 +138,21 @@ def test_every_column_is_what_its_meaning_says():
                     sigma.float(),
                     *(torch.tensor(v) for v in limits[layer]),
                 )
-        blocks.append(_block_of(packer, step, taken, eps))
+        steps[step] = taken
         references.append(per_layer)
-    columns, nulls = layer_columns(blocks[2], blocks[1], blocks[0])
+    parts = {
+        "one by one": [{step: taken} for step, taken in steps.items()],
+        "at once": [steps],
+        "in two": [{0: steps[0]}, {1: steps[1], 2: steps[2]}],
+    }[parts]
+    *past, now = (_block_of(part, eps) for part in parts)
+    columns, nulls = layer_columns(now, 1, past)
     assert set(columns) == {metric.name for metric in wire.METRICS}
     assert set(nulls) == {metric.name for metric in wire.METRICS if metric.nullable}
-    assert not any(mask.any() for mask in nulls.values())
+    last = now.span(2)
+    assert now.layers[last].tolist() == [0, 1, 2]
+    assert not any(mask[last].any() for mask in nulls.values())
+    columns = {name: values[last] for name, values in columns.items()}
     for layer, shape in enumerate(shapes):
         history = [references[step][layer][0] for step in (2, 1, 0)]
         _, mu, sigma = references[2][layer]
@@ -155,7 +165,7 @@ def test_every_column_is_what_its_meaning_says():
 
 def test_inputs_without_positions_need_no_variance():
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    now = _block_of(Packer([EPS]), 0, {0: _sample(x, torch.zeros(3), torch.ones(3))}, [EPS])
+    now = _block_of({0: {0: _sample(x, torch.zeros(3), torch.ones(3))}}, [EPS])
     expected = _of_batch([[[v] for v in row] for row in x.tolist()], EPS)
     for name, values in expected.items():
         np.testing.assert_allclose(now.vectors[name], values, rtol=1e-5, atol=1e-7)
@@ -165,16 +175,15 @@ def test_layers_with_other_sample_counts_and_kinds_come_back_in_the_networks_ord
     generator = torch.Generator().manual_seed(1)
     xs = [torch.randn(n, c, 4, generator=generator) for n, c in ((3, 2), (8, 5), (3, 4))]
     taken = {i: _sample(x, torch.zeros(x.shape[1]), torch.ones(x.shape[1])) for i, x in enumerate(xs)}
-    packer = Packer([EPS] * 3)
-    assert len(packer.pack(taken)) == 2
-    now = _block_of(packer, 9, taken, [EPS] * 3)
+    assert len(pack({9: taken})) == 2
+    now = _block_of({9: taken}, [EPS] * 3)
     assert now.layers.tolist() == [0, 1, 2]
     assert now.samples.tolist() == [3, 8, 3]
     for i, x in enumerate(xs):
-        alone = _block_of(Packer([EPS] * 3), 9, {i: taken[i]}, [EPS] * 3)
+        alone = _block_of({9: {i: taken[i]}}, [EPS] * 3)
         for name in VECTORS:
-            np.testing.assert_allclose(now.of_layer(i, name), alone.vectors[name], rtol=1e-6)
-        np.testing.assert_allclose(now.of_layer(i, "mu_b"), x.mean((0, 2)), atol=1e-6)
+            np.testing.assert_allclose(now.of_row(i, name), alone.vectors[name], rtol=1e-6)
+        np.testing.assert_allclose(now.of_row(i, "mu_b"), x.mean((0, 2)), atol=1e-6)
     assert {name: values.tolist() for name, values in now.limits.items()} == {
         "r_min": [1.0] * 3,
         "r_max": [1.0] * 3,
@@ -186,7 +195,7 @@ def _plain_block(step, layers, values, samples=4):
     """A block of two-channel layers whose vectors are `values` (a number a layer)."""
     vector = np.repeat(np.asarray(values, float), 2)
     return Block(
-        step,
+        np.full(len(layers), step),
         np.asarray(layers),
         np.arange(len(layers) + 1) * 2,
         np.full(len(layers), samples),
@@ -198,37 +207,37 @@ def _plain_block(step, layers, values, samples=4):
 
 def test_differences_need_the_steps_before_and_are_null_without_them():
     now, before, before_that = (_plain_block(s, [0, 1], v) for s, v in ((2, [3, 5]), (1, [2, 5]), (0, [4, 1])))
-    _, nulls = layer_columns(now, None, None)
+    _, nulls = layer_columns(now, 1, [])
     assert all(nulls[name].all() for name in ("mean_diff1", "mean_diff2", "scale_diff2"))
-    columns, nulls = layer_columns(now, before, None)
+    columns, nulls = layer_columns(now, 1, [before])
     assert not nulls["mean_diff1"].any()
     assert nulls["mean_diff2"].all()
     np.testing.assert_allclose(columns["mean_diff1"], [0.5, 0.0])
-    columns, nulls = layer_columns(now, before, before_that)
+    columns, nulls = layer_columns(now, 1, [before_that, before])
     assert not nulls["mean_diff2"].any()
     np.testing.assert_allclose(columns["mean_diff2"], [(3 - 4 + 4) ** 2 / 6, (5 - 10 + 1) ** 2 / 6])
 
 
 def test_a_layer_that_skipped_a_step_has_null_differences_and_its_neighbours_do_not():
     now, before = _plain_block(2, [0, 1, 2], [3, 5, 7]), _plain_block(1, [0, 2], [2, 4])
-    columns, nulls = layer_columns(now, before, None)
+    columns, nulls = layer_columns(now, 1, [before])
     assert nulls["mean_diff1"].tolist() == [False, True, False]
     np.testing.assert_allclose(columns["mean_diff1"][[0, 2]], [0.5, 4.5])
 
 
 def test_one_sample_has_no_spread_so_its_noise_is_null_not_zero():
-    _, nulls = layer_columns(_plain_block(0, [0], [1.0], samples=1), None, None)
+    _, nulls = layer_columns(_plain_block(0, [0], [1.0], samples=1), 1, [])
     assert all(nulls[name].all() for name in ("mean_noise", "scale_noise", "adjacency_noise"))
     x = torch.ones(1, 2, 3)
     with np.errstate(all="raise"):
-        now = _block_of(Packer([EPS]), 0, {0: _sample(x, torch.zeros(2), torch.ones(2))}, [EPS])
+        now = _block_of({0: {0: _sample(x, torch.zeros(2), torch.ones(2))}}, [EPS])
     assert now.samples.tolist() == [1]
 
 
 def test_an_empty_batch_gives_no_row():
     x = torch.zeros(0, 2)
-    assert Packer([EPS]).pack({0: BatchNormMoments(x, None, torch.zeros(2), torch.ones(2))}) == []
-    assert block(0, [], [EPS]) is None
+    assert pack({0: {0: BatchNormMoments(x, None, torch.zeros(2), torch.ones(2))}}) == []
+    assert block([], [EPS]) is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -237,7 +246,7 @@ def test_a_non_finite_channel_is_counted_and_spoils_only_its_own_layer(bad):
     spoiled = x.clone()
     spoiled[1, 2, 0] = bad
     taken = {i: _sample(v, torch.zeros(3), torch.ones(3)) for i, v in enumerate((spoiled, x))}
-    columns, _ = layer_columns(_block_of(Packer([EPS] * 2), 0, taken, [EPS] * 2), None, None)
+    columns, _ = layer_columns(_block_of({0: taken}, [EPS] * 2), 1, [])
     assert columns["nonfinite_channels"].tolist() == [1, 0]
     assert not math.isfinite(columns["gap"][0])
     assert math.isfinite(columns["gap"][1])
@@ -246,17 +255,24 @@ def test_a_non_finite_channel_is_counted_and_spoils_only_its_own_layer(bad):
 
 def test_quantiles_between_equal_infinities_are_infinite():
     now = _plain_block(0, [0], [math.inf])
-    columns, _ = layer_columns(now, None, None)
+    columns, _ = layer_columns(now, 1, [])
     assert columns["r_q50"][0] == math.inf
 
 
 def test_tables_follow_the_wire_schema_and_keep_null_apart_from_nan():
     now = _plain_block(5, [0, 3], [1.0, math.nan])
-    columns, nulls = layer_columns(now, None, None)
+    layers = LayerRows.of(*layer_columns(now, 1, []))
     vector = np.arange(24, dtype=np.float32)
     rows = [
         StepRows(4, scalars={"loss": math.inf}),
-        StepRows(5, now.layers, columns, nulls, ProbeRow(4, vector, vector + 1, vector + 2), {"loss": 0.1}, now),
+        StepRows(
+            5,
+            now.layers,
+            *layers,
+            ProbeRow(4, vector, vector + 1, vector + 2),
+            {"loss": 0.1},
+            snapshot(now, slice(0, 2)),
+        ),
     ]
     decoded = wire.decode_batch(wire.encode_batch(tables(rows)))
     layers = decoded["layers"].to_pylist()
@@ -269,31 +285,42 @@ def test_tables_follow_the_wire_schema_and_keep_null_apart_from_nan():
     ]
     (probe,) = decoded["probe"].to_pylist()
     assert (probe["step"], probe["samples"], probe["var"][:2]) == (5, 4, [1.0, 2.0])
-    snapshot = decoded["channels"].to_pylist()
-    assert [(row["layer"], len(row["d"])) for row in snapshot] == [(0, 2), (3, 2)]
-    assert snapshot[0]["r"] == [1.0, 1.0]
-    assert math.isnan(snapshot[1]["mu_b"][0])
+    channels = decoded["channels"].to_pylist()
+    assert [(row["step"], row["layer"], len(row["d"])) for row in channels] == [(5, 0, 2), (5, 3, 2)]
+    assert channels[0]["r"] == [1.0, 1.0]
+    assert math.isnan(channels[1]["mu_b"][0])
+
+
+def test_rows_cut_from_several_steps_are_each_steps_own():
+    steps = [
+        _plain_block(s, layers, values) for s, layers, values in ((3, [0, 2], [1, 2]), (4, [2], [3]), (5, [0], [4]))
+    ]
+    arrays = []
+    for one in steps:
+        rows = tuple(Row(int(s), int(layer)) for s, layer in zip(one.steps, one.layers, strict=True))
+        flat = np.concatenate([*one.vectors.values(), *one.limits.values()]).astype(np.float32)
+        arrays.append((LayerGroup(rows, (2,) * len(rows), 4, batch_norm=False), flat))
+    now = block([arrays[2], arrays[0], arrays[1]], [EPS] * 3)
+    assert (now.steps.tolist(), now.layers.tolist()) == ([3, 3, 4, 5], [0, 2, 2, 0])
+    assert [now.span(step) for step in (3, 4, 5, 6)] == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 4)]
+    assert [now.of_row(row, "mu_b").tolist() for row in range(4)] == [[1, 1], [2, 2], [3, 3], [4, 4]]
+    columns, nulls = layer_columns(now, 1, [])
+    assert nulls["mean_diff1"].tolist() == [True, True, False, True]
+    assert columns["mean_diff1"][2] == (3 - 2) ** 2 / 2
+    later = now.since(4)
+    assert (later.steps.tolist(), later.starts.tolist()) == ([4, 5], [0, 2, 4])
+    assert later.of_row(1, "mu_b").tolist() == [4, 4]
+    taken = snapshot(now, now.span(4))
+    assert (taken.layers.tolist(), taken.starts.tolist(), taken.vectors[0].tolist()) == ([2], [0, 2], [3, 3])
+
+
+def test_a_snapshot_of_a_single_sample_has_no_variance_between_samples():
+    taken = snapshot(_plain_block(0, [0], [1.0], samples=1), slice(0, 1))
+    between = wire.TABLES["channels"].names.index("between_var") - 2
+    assert np.isnan(taken.vectors[between]).all()
+    assert np.isfinite(np.delete(taken.vectors, between, 0)).all()
 
 
 def test_no_rows_make_an_empty_batch():
     assert wire.encode_batch(tables([])) == b""
     assert all(isinstance(table, (pa.Table, pa.RecordBatch)) for table in tables([]).values())
-
-
-def test_packing_costs_the_same_number_of_operations_however_many_layers_there_are():
-    def operations(layers):
-        counted = []
-
-        class Count(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                counted.append(func)
-                return func(*args, **(kwargs or {}))
-
-        packer = Packer([EPS] * layers)
-        taken = {i: _sample(torch.randn(4, 3, 5), torch.zeros(3), torch.ones(3)) for i in range(layers)}
-        packer.pack(taken)  # constants are made at the first
-        with Count():
-            packer.pack(taken)
-        return len(counted)
-
-    assert operations(2) == operations(20) <= 30

@@ -9,21 +9,20 @@ import subprocess
 import sys
 import threading
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from fake_service import FakeService, Fault, eventually
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint_sequential
 
 from brn_core import wire
 from brn_core.layers import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from brn_core.recorder import Recorder, watch
+from brn_core.recorder import Recorder, _scalar_segments, watch
 from brn_core.schedule import RenormSchedule
 from brn_core.spool import Spool
 
@@ -233,15 +232,12 @@ def test_layers_that_do_not_run_or_are_frozen_have_no_row(record, service):
     assert rows[2]["mean_diff1"] is None
 
 
-def test_inference_and_gradient_free_forwards_are_not_recorded(record, service):
+def test_forwards_in_inference_mode_are_not_recorded(record, service):
     model = _net()
     recorder = record(model, service.url, shadow_every=1)
+    recorder.step(1.0)
     model.eval()
     model(torch.randn(4, 1, 7, 7))
-    recorder.step(1.0)
-    model.train()
-    with torch.no_grad():
-        model(torch.randn(4, 1, 7, 7))
     recorder.step(2.0)
     recorder.close()
     assert service.steps() == [0, 1]
@@ -249,18 +245,36 @@ def test_inference_and_gradient_free_forwards_are_not_recorded(record, service):
     assert wire.SCALAR_SHADOW_DISAGREEMENT not in {row["name"] for row in service.rows("scalars")}
 
 
-def test_of_several_forwards_the_last_one_counts(record, service):
-    model = nn.Sequential(nn.BatchNorm1d(3))
-    recorder = record(model, service.url)
-    last = torch.randn(6, 3) + 5
-    for x in (torch.randn(4, 3), torch.randn(5, 3), last):
-        model(x)
-    recorder.step()
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchRenorm2d])
+def test_a_training_forward_without_gradients_moves_statistics_and_so_has_rows_but_no_input(record, service, norm):
+    model = _net(norm)  # the target network of a pair that learns from itself
+    recorder = record(model, service.url, shadow_every=1)
+    for _ in range(2):
+        with torch.no_grad():
+            model(torch.randn(4, 1, 7, 7))
+        recorder.step()
     recorder.close()
-    (row,) = service.rows("layers")
-    assert row["samples"] == 6
-    assert row["mu_b"] == pytest.approx(last.mean().item(), rel=1e-5)
-    assert [probe["samples"] for probe in service.rows("probe")] == [6]
+    assert len(service.rows("layers")) == 4
+    assert service.rows("probe") == []
+    assert wire.SCALAR_SHADOW_DISAGREEMENT not in {row["name"] for row in service.rows("scalars")}
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchRenorm2d])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_an_activation_checkpoint_runs_again_is_not_recorded_a_second_time(record, service, norm, reentrant):
+    model = _net(norm)
+    recorder = record(model, service.url, channels_every=1)
+    for _ in range(2):
+        before = [model[i].running_mean.clone() for i in (1, 5)]
+        checkpoint_sequential(
+            model, 2, torch.randn(8, 1, 7, 7, requires_grad=True), use_reentrant=reentrant
+        ).sum().backward()
+        recorder.step()
+    recorder.close()
+    rows = [row["mu"] for row in service.rows("channels") if row["step"] == 1]
+    assert len(rows) == 2
+    for row, moving in zip(rows, before, strict=True):
+        np.testing.assert_allclose(row, moving, rtol=1e-6)
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchRenorm2d])
@@ -324,28 +338,34 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d, BatchRenorm1d])
+SYNCS = {"aten._local_scalar_dense.default", "aten.item.default", "aten.is_nonzero.default", "aten.equal.default"}
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchRenorm2d])
 def test_a_step_reads_no_value_on_the_host_and_its_operations_do_not_grow_with_the_network(record, norm):
     def operations(layers):
         model = nn.Sequential(*(norm(3) for _ in range(layers)))
         recorder = record(model)
-        x = torch.randn(4, 3)
         forward, step = _Operations(), _Operations()
-        for _ in range(2):  # the first makes constants
-            forward.names.clear()
-            step.names.clear()
-            with forward:
-                output = model(x)
-            with step:
-                recorder.step(output.mean(), accuracy=torch.tensor(0.5))
+        with forward:
+            model(torch.randn(4, 3, 2, 2))
+        with step:
+            recorder.step(1.0)
         recorder.close(timeout_seconds=0.2)
         return forward.names, step.names
 
     few, many = operations(2), operations(12)
-    syncs = {"aten._local_scalar_dense.default", "aten.item.default", "aten.is_nonzero.default", "aten.equal.default"}
-    assert not syncs & {*many[0], *many[1]}
-    # what is left to grow: taking apart what one layer left
-    assert len(many[1]) == len(few[1]) <= 45
+    assert not SYNCS & {*many[0], *many[1]}
+    assert len(many[1]) == len(few[1]) <= 12
+
+
+def test_scalars_on_a_device_are_copied_together_and_read_on_the_host_later():
+    # as it would be on a device: those on the CPU are read at once
+    scalars = {"loss": torch.tensor(0.5), "accuracy": torch.tensor(0.25)}
+    with _Operations() as operations:
+        _scalar_segments(scalars)
+    assert not SYNCS & {*operations.names}
+    assert len(operations.names) <= 5
 
 
 def test_what_breaks_inside_never_reaches_training(record, service, monkeypatch, caplog):
@@ -371,6 +391,8 @@ def test_strict_raises_what_breaks_inside(record):
         recorder.step(torch.ones(2))
     with pytest.raises(ValueError, match="reserved"):
         recorder.step(**{"brn/mine": 1.0})
+    with pytest.raises(ValueError, match="must have 1 to 200 characters, got 201: 'xxxx"):
+        recorder.step(**{"x" * 201: 1.0})
 
 
 @pytest.mark.parametrize("inputs", [{"a": torch.randn(4, 3)}, (None, [torch.randn(4, 3)]), "no tensor"])
@@ -463,26 +485,31 @@ def test_a_with_block_says_how_it_ended(service, tmp_path):
     assert "failed" in service.statuses.values()
 
 
-def test_a_verdict_is_logged_when_it_becomes_one(record, service, caplog):
+def test_each_finding_is_logged_once_by_its_severity(record, service, caplog):
     recorder = record(nn.Linear(1, 1), service.url)
 
-    def verdict(code, severity, summary):
-        service.verdict = {"code": code, "severity": severity, "summary": summary}
+    def found(*findings):
+        service.findings = [dict(zip(("code", "severity", "summary"), finding, strict=True)) for finding in findings]
         known = len(service.batches)
         recorder.step(1.0)
         eventually(lambda: len(service.batches) > known)
 
     with caplog.at_level(logging.WARNING, "brn_core"):
-        verdict("HEALTHY", "ok", "Nothing stands out.")
-        verdict("NH-CLUSTER", "warning", "Batches are clustered.")
-        verdict("NH-CLUSTER", "warning", "Batches are clustered, still.")
-        verdict("NH-GAP", "critical", "Inference is worse.")
+        found()
+        found(("NH-NOISE", "info", "Batches are small."))
+        found(("NH-CLUSTER", "warning", "Batches are clustered."))
+        found(("NH-CLUSTER", "warning", "Batches are clustered, still."))
+        found(("NH-GAP", "critical", "Inference is worse."), ("NH-CLUSTER", "warning", "Batches are clustered, again."))
+        found(("NH-GAP", "critical", "Inference is worse, again."), ("NH-LAG", "warning", "Statistics trail."))
+        found(("NH-CLUSTER", "critical", "Batches are clustered, and it costs."))
         recorder.close()
     lines = [(r.levelname, r.getMessage()) for r in caplog.records if "NH-" in r.getMessage()]
     where = f"See {service.url}/runs/{recorder.run_id}"
     assert lines == [
         ("WARNING", f"NH-CLUSTER: Batches are clustered. {where}"),
         ("ERROR", f"NH-GAP: Inference is worse. {where}"),
+        ("WARNING", f"NH-LAG: Statistics trail. {where}"),
+        ("ERROR", f"NH-CLUSTER: Batches are clustered, and it costs. {where}"),
     ]
 
 
@@ -531,50 +558,26 @@ def test_what_waits_when_the_service_is_down_is_in_the_spool_for_the_next_run(re
 
 
 def test_a_step_too_many_is_dropped_counted_and_leaves_null_differences(record, service, monkeypatch):
-    monkeypatch.setattr("brn_core.recorder.PENDING_BYTES", 0)
     model = _net()
     recorder = record(model, service.url)
-    _train(model, steps=2, recorder=recorder)
+    reduce, go_on = recorder._reducer._pass_on, threading.Event()
+    monkeypatch.setattr(recorder._reducer, "_pass_on", lambda frames: go_on.wait(30) and reduce(frames))
+    _train(model, steps=1, recorder=recorder)
+    eventually(lambda: not recorder._reducer._frames)  # the thread has the first
+    monkeypatch.setattr("brn_core.reducer.PENDING_BYTES", 0)
+    _train(model, steps=3, recorder=recorder)  # one step is taken whatever its size
     monkeypatch.undo()
+    go_on.set()
+    eventually(lambda: not recorder._reducer._frames)
     _train(model, steps=2, recorder=recorder)
     recorder.close()
     assert recorder.dropped_steps == 2
-    assert service.steps() == [2, 3]
+    assert service.steps() == [0, 1, 4, 5]
     rows = [row for row in service.rows("layers") if row["layer"] == 0]
-    assert [row["mean_diff1"] is None for row in rows] == [True, False]
+    assert [row["mean_diff1"] is None for row in rows] == [True, False, True, False]
+    assert [row["mean_diff2"] is None for row in rows] == [True, True, True, True]
     dropped = [row["value"] for row in service.rows("scalars") if row["name"] == wire.SCALAR_DROPPED]
-    assert dropped == [2.0, 2.0]
-
-
-@pytest.fixture
-def one_rank(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, timeout=timedelta(seconds=30)
-    )
-    yield
-    dist.destroy_process_group()
-
-
-def test_a_data_parallel_model_has_the_names_of_the_model_and_trains_bit_equal(record, service, one_rank):
-    expected = _train(nn.parallel.DistributedDataParallel(_net()))
-    model = nn.parallel.DistributedDataParallel(_net())
-    recorder = record(model, service.url, shadow_every=2)
-    assert _train(model, recorder=recorder) == expected
-    recorder.close()
-    assert [layer["name"] for layer in service.runs[recorder.run_id]["layers"]] == ["1", "5"]
-    assert len(service.rows("layers")) == 14
-
-
-def test_a_compiled_model_is_recorded(record, service):
-    model = torch.compile(_net(), backend="eager")
-    recorder = record(model, service.url, shadow_every=3)
-    _train(model, steps=4, recorder=recorder)
-    recorder.close()
-    assert len(service.rows("layers")) == 8
-    assert len(service.rows("probe")) == 4
-    assert wire.SCALAR_SHADOW_EVAL_LOSS in {row["name"] for row in service.rows("scalars")}
-    assert [layer["name"] for layer in service.runs[recorder.run_id]["layers"]] == ["1", "5"]
+    assert dropped[-2:] == [2.0, 2.0]
 
 
 def test_ranks_without_a_process_group_need_a_run_id(record, monkeypatch):
@@ -605,6 +608,13 @@ dist.barrier()
 dist.destroy_process_group()
 raise SystemError("killed by the script") if rank == 0 else SystemExit(0)
 """
+
+
+def test_a_training_that_raises_says_why_in_one_line(record, service):
+    with pytest.raises(RuntimeError), record(_net(), service.url, run_id="r"):
+        raise RuntimeError("boom\nand much more")
+    assert service.statuses == {"r": "failed"}
+    assert service.failures == {"r": "rank 0: RuntimeError: boom"}
 
 
 def test_two_ranks_share_a_run_and_a_program_that_dies_still_delivers(service, tmp_path):

@@ -3,6 +3,7 @@ import random
 import socket
 import threading
 import time
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from itertools import pairwise
@@ -13,8 +14,10 @@ from fake_service import FakeService, Fault, eventually
 
 from brn_core import shipper as module
 from brn_core import wire
+from brn_core.client import Client, _retry_after_seconds
+from brn_core.drain import drain
 from brn_core.packer import StepRows, tables
-from brn_core.shipper import Client, Complaints, Shipper, _retry_after_seconds
+from brn_core.shipper import Complaints, Shipper
 from brn_core.spool import Spool
 from brn_core.wire import RunCreate, RunUpdate
 
@@ -41,6 +44,7 @@ def ship(tmp_path):
             rank,
             settings.pop("encode", _encode),
             spool=Spool(tmp_path) if spool else None,
+            sends_leftovers=rank == 0,
             flush_seconds=settings.pop("flush_seconds", 0.02),
             **settings,
         )
@@ -407,3 +411,230 @@ def test_a_repeated_problem_is_logged_once_then_once_a_minute_with_its_count(cap
     complaints.forget("spool")
     complaints.say("spool", "full")
     assert [r.getMessage() for r in caplog.records] == ["full", "news", "full (51 times so far)", "full"]
+
+
+# --- a service that is worse than absent ---------------------------------------------------------------------------
+
+
+@contextmanager
+def _babbling(opening, pause_seconds=0.02):
+    """A server that answers `opening`, then one byte after the other, without end. Gives its URL, and what stops it."""
+    stopped = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+        connections = []
+
+        def babble(connection):
+            with suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(opening)
+                while not stopped.wait(pause_seconds):
+                    connection.sendall(b"x" * (1 if pause_seconds else 65536))
+            connection.close()
+
+        def accept():
+            while not stopped.is_set():
+                with suppress(TimeoutError):
+                    connections.append(threading.Thread(target=babble, args=[listener.accept()[0]]))
+                    connections[-1].start()
+
+        acceptor = threading.Thread(target=accept)
+        acceptor.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", stopped
+        finally:
+            stopped.set()
+            for thread in [acceptor, *connections]:
+                thread.join()
+
+
+@pytest.mark.parametrize(
+    ("pause_seconds", "said"), [(0.02, "the answer took more than 0.2 s"), (0, "an answer of more than 1048576 bytes")]
+)
+def test_an_answer_without_end_is_given_up(pause_seconds, said):
+    opening = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
+    with _babbling(opening, pause_seconds) as (url, _), Client(url, timeout_seconds=0.2) as client:
+        answer = client.register(RUN)
+    assert answer.outcome == "unavailable"
+    assert said in answer.detail
+
+
+def test_closing_beside_a_request_that_hangs_spools_what_is_left(ship, tmp_path):
+    with _babbling(b"HTTP/1.1 200 OK\r\nX-Endless: ") as (url, stop):
+        shipper = ship(url, rank=1, timeout_seconds=0.2, flush_seconds=0.01)
+        shipper.offer(_step(0))
+        eventually(lambda: shipper._asked)
+        for i in range(1, 300):
+            shipper.offer(_step(i))
+        assert not shipper.close(timeout_seconds=0.1, end=RunUpdate(status="finished"))
+        folder = Spool(tmp_path).folder("run-1", 1)
+        assert sum(parcel.steps for parcel in folder.parcels()) == 300
+        assert folder.end() == RunUpdate(status="finished")
+        stop.set()
+        eventually(lambda: shipper.close(timeout_seconds=0.1))
+    assert shipper.dropped == 0
+    assert sum(parcel.steps for parcel in folder.parcels()) == 300
+    with FakeService() as service, Client(service.url) as client:
+        drain(client, folder)
+        assert service.steps() == list(range(300))
+
+
+def test_json_that_is_nested_without_end_is_no_answer(ship):
+    nested = iter([Fault(200, body=b"[" * 100_000)])
+    with FakeService(lambda method, path: next(nested, None) if "batches" in path else None) as service:
+        shipper = ship(service.url)
+        shipper.offer(_step(0))
+        eventually(lambda: service.steps() == [0])
+        assert shipper.dropped == 0
+
+
+def test_a_run_unknown_right_after_its_registration_is_tried_again(ship):
+    """As by two copies of a service of which one lags."""
+    lagging = iter([Fault(404), Fault(404)])
+    with FakeService(lambda method, path: next(lagging, None) if "batches" in path else None) as service:
+        shipper = ship(service.url)
+        shipper.offer(_step(0))
+        eventually(lambda: service.steps() == [0])
+        assert shipper.dropped == 0
+
+
+def test_a_batch_too_large_for_a_proxy_is_sent_in_parts_from_then_on(ship, monkeypatch):
+    refused = []
+    with FakeService() as service:
+        real = service.answer
+
+        def answer(method, path, query, body):
+            if "batches" in path and len(body) > 2000:
+                refused.append(len(body))
+                return 413, {"detail": "too large"}
+            return real(method, path, query, body)
+
+        monkeypatch.setattr(service, "answer", answer)
+        shipper = ship(service.url, flush_seconds=30)
+        for i in range(64):
+            shipper.offer(StepRows(i, scalars={f"{random.random()}": 1.0 for _ in range(8)}))
+        shipper.close()
+        assert service.steps() == list(range(64))
+        assert shipper.dropped == 0
+        assert refused == sorted(set(refused), reverse=True), "what was too large once is not tried again"
+
+
+def test_a_batch_the_service_fails_on_holds_up_no_other(ship, tmp_path, monkeypatch):
+    with FakeService() as service:
+        real = service.answer
+
+        def answer(method, path, query, body):
+            if "batches" in path and 0 in wire.decode_batch(body)["scalars"]["step"].to_pylist():
+                return 500, {"detail": "this one breaks me"}
+            return real(method, path, query, body)
+
+        monkeypatch.setattr(service, "answer", answer)
+        shipper = ship(service.url)
+        for i in range(5):
+            shipper.offer(_step(i))
+            eventually(lambda: not shipper._items)
+        eventually(lambda: service.steps()[-1:] == [4])
+        shipper.close()
+    assert sum(parcel.steps for parcel in Spool(tmp_path).folder("run-1", 0).parcels()) == 5 - len(service.steps())
+
+
+# --- bounds, and who pays for what ----------------------------------------------------------------------------------
+
+
+def test_a_step_that_cannot_be_encoded_costs_itself_only(ship):
+    def encode(rows):
+        if any(row.step == 5 for row in rows):
+            raise ValueError("broken on purpose")
+        return _encode(rows)
+
+    with FakeService() as service:
+        shipper = ship(service.url, encode=encode, flush_seconds=30)
+        for i in range(20):
+            shipper.offer(_step(i))
+        shipper.close()
+        assert service.steps() == [i for i in range(20) if i != 5]
+        assert shipper.dropped == 1
+
+
+def test_steps_that_wait_are_bounded_in_bytes_too(ship, monkeypatch):
+    monkeypatch.setattr(module, "CAPACITY_BYTES", 5 * _step(0).size_bytes)
+    with FakeService(lambda method, path: Fault(delay_seconds=0.5)) as service:
+        shipper = ship(service.url)
+        eventually(lambda: service.requests)  # the thread hangs in its registration
+        assert [shipper.offer(_step(i)) for i in range(8)] == [True] * 5 + [False] * 3
+        assert shipper.dropped == 3
+
+
+def test_the_last_moment_is_one_more_chance_whatever_the_delay(ship, monkeypatch):
+    monkeypatch.setattr(module, "_FIRST_DELAY_SECONDS", 3600.0)
+    monkeypatch.setattr(module, "_LONGEST_DELAY_SECONDS", 3600.0)
+    port = _free_port()
+    shipper = ship(f"http://127.0.0.1:{port}")
+    shipper.offer(_step(0))
+    eventually(lambda: shipper._spooled)
+    with FakeService(port=port) as service:
+        shipper.close(end=RunUpdate(status="finished"))
+        assert service.steps() == [0]
+        assert service.statuses == {"run-1": "finished"}
+
+
+def test_a_service_that_said_when_to_come_back_is_not_asked_before_even_at_the_end(ship, tmp_path):
+    with FakeService(lambda method, path: Fault(503, {"Retry-After": "60"}) if "batches" in path else None) as service:
+        shipper = ship(service.url)
+        shipper.offer(_step(0))
+        eventually(lambda: shipper._spooled)
+        shipper.close(end=RunUpdate(status="finished"))
+        assert len([path for _, path, _ in service.requests if "batches" in path]) == 1
+    assert Spool(tmp_path).folder("run-1", 0).end() == RunUpdate(status="finished")
+
+
+# --- what is in the spool already -----------------------------------------------------------------------------------
+
+
+def test_leftovers_that_cannot_be_read_hold_up_neither_others_nor_this_run(ship, tmp_path, caplog):
+    (Spool(tmp_path).folder("broken", 0).path / f"{1:020d}-1.arrow").mkdir(parents=True)  # a folder is no batch
+    broken = Spool(tmp_path).folder("broken-too", 0)
+    broken.put(RunCreate(id="broken-too", name="b"), 1, 1, b"")
+    (broken.path / f"{2:020d}-1.arrow").mkdir()
+    first = ship(f"http://127.0.0.1:{_free_port()}", registration=RunCreate(id="good", name="good"))
+    first.offer(_step(7))
+    first.close(timeout_seconds=0.3)
+    with FakeService() as service:
+        shipper = ship(service.url)
+        shipper.offer(_step(0))
+        eventually(lambda: set(service.steps()) == {0, 7})
+        eventually(lambda: not shipper._leftovers)
+    assert caplog.text.count("broken/rank-0: run.json is missing") == 1
+    assert caplog.text.count("broken-too/rank-0 cannot be emptied") == 1
+
+
+def test_a_spool_that_cannot_be_read_does_not_keep_steps_from_being_sent(ship, tmp_path):
+    folder = Spool(tmp_path).folder("run-1", 0)
+    folder.path.parent.mkdir()
+    folder.path.symlink_to(folder.path)  # a loop
+    with FakeService() as service:
+        shipper = ship(service.url)
+        shipper.offer(_step(0))
+        eventually(lambda: service.steps() == [0])
+
+
+def test_a_run_that_goes_on_is_not_ended_by_what_its_last_process_left(ship):
+    first = ship(f"http://127.0.0.1:{_free_port()}")
+    first.offer(_step(0))
+    first.close(timeout_seconds=0.3, end=RunUpdate(status="failed"))
+    with FakeService() as service:
+        shipper = ship(service.url)
+        shipper.offer(_step(1))
+        eventually(lambda: service.steps() == [0, 1])
+        eventually(lambda: not shipper._spooled)
+        assert service.statuses == {"run-1": "running"}
+
+
+def test_a_batch_sent_from_the_spool_brings_the_acknowledgement_too(ship):
+    port, acknowledged = _free_port(), []
+    shipper = ship(f"http://127.0.0.1:{port}", on_acknowledged=acknowledged.append)
+    shipper.offer(_step(0))
+    eventually(lambda: shipper._spooled)
+    with FakeService(port=port) as service:
+        eventually(lambda: acknowledged)
+        assert acknowledged[0]["findings"] == service.findings == []

@@ -1,12 +1,16 @@
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 from fake_service import FakeService, Fault
 
+from brn_core import spool as module
 from brn_core import wire
 from brn_core.packer import StepRows, tables
 from brn_core.spool import Spool, main
 from brn_core.wire import RunCreate, RunUpdate
+from brn_core.worker.__main__ import main as train
 
 RUN = RunCreate(id="run-1", name="a run")
 
@@ -40,13 +44,13 @@ def test_beyond_the_limit_the_oldest_go_and_their_steps_are_counted(tmp_path):
     folder = Spool(tmp_path, limit_bytes=250).folder("run-1", 0)
     assert [folder.put(RUN, seq, 10 + seq, b"x" * 100) for seq in range(4)] == [0, 0, 10, 11]
     assert [p.seq for p in folder.parcels()] == [2, 3]
-    assert folder.put(RUN, 9, 5, b"x" * 251) == 12 + 13 + 5
-    assert folder.parcels() == []
+    assert folder.put(RUN, 9, 5, b"x" * 251) == 5, "what can never fit costs nobody else"
+    assert [p.seq for p in folder.parcels()] == [2, 3]
 
 
 def test_a_half_written_file_is_not_seen(tmp_path):
     folder = _fill(tmp_path, seqs=(1,))
-    (folder.path / f".{2:020d}-1.arrow.{os.getpid()}").write_bytes(b"half")
+    (folder.path / f".{2:020d}-1.arrow.{os.getpid()}-1.partial").write_bytes(b"half")
     (folder.path / "notes.txt").write_text("the user's")
     assert [p.seq for p in folder.parcels()] == [1]
 
@@ -73,7 +77,7 @@ def test_a_parcel_taken_by_another_process_is_no_error(tmp_path):
 def test_tidying_leaves_what_was_refused_and_what_waits(tmp_path):
     folder = _fill(tmp_path, seqs=(1, 2))
     first, second = folder.parcels()
-    first.set_aside()
+    folder.set_aside(first)
     folder.tidy()
     assert [p.seq for p in folder.parcels()] == [2]
     second.remove()
@@ -160,3 +164,148 @@ def test_bad_arguments_get_one_line(tmp_path, capsys, arguments, text):
     err = capsys.readouterr().err
     assert text in err
     assert err.count("\n") == 1
+
+
+# --- what a disk and other processes do meanwhile -------------------------------------------------------------------
+
+
+def test_a_batch_is_synced_to_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+
+    def fsync(descriptor):
+        synced.append((os.path.realpath(f"/proc/self/fd/{descriptor}"), len(list(tmp_path.rglob("*.arrow")))))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder = _fill(tmp_path, seqs=(1,))
+    batch, parent = synced[-2:]
+    assert batch[0].endswith(".partial")
+    assert batch[1] == 0
+    assert parent == (str(folder.path), 1)
+
+
+def test_a_spool_stays_where_it_is_when_the_working_directory_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spool = Spool("spool")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    spool.folder("run-1", 0).put(RUN, 1, 1, _body())
+    assert [folder.run for folder in Spool(tmp_path / "spool").folders()] == ["run-1"]
+
+
+def test_the_last_room_of_a_disk_is_left_to_checkpoints(tmp_path, monkeypatch):
+    folder = _fill(tmp_path, seqs=(1,))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(total=10**12, free=module.RESERVE_BYTES + 99))
+    with pytest.raises(OSError, match="nearly full"):
+        folder.put(RUN, 2, 1, b"x" * 100)
+    folder.put(RUN, 3, 1, b"x" * 99)
+    assert [p.seq for p in folder.parcels()] == [1, 3]
+
+
+def test_refused_batches_are_kept_up_to_a_limit_and_the_first_ones_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "REFUSED_LIMIT_BYTES", 250)
+    folder = Spool(tmp_path).folder("run-1", 0)
+    for seq in range(4):
+        folder.put_aside(RUN, seq, 1, b"x" * 100)
+    folder.put(RUN, 9, 1, b"x" * 100)
+    folder.set_aside(folder.parcels()[0])
+    assert folder.parcels() == []
+    assert len(list((folder.path / "refused").iterdir())) == 2
+
+
+def test_batches_that_others_have_sent_are_not_counted_as_dropped(tmp_path, monkeypatch):
+    folder = Spool(tmp_path, limit_bytes=250).folder("run-1", 0)
+    for seq in (1, 2):
+        folder.put(RUN, seq, 10, b"x" * 100)
+    real = module._size
+
+    def size(path):
+        found = real(path)
+        path.unlink(missing_ok=True)  # the other process is quicker
+        return found
+
+    monkeypatch.setattr(module, "_size", size)
+    assert folder.put(RUN, 3, 10, b"x" * 100) == 0
+
+
+def test_a_spool_looks_through_its_files_when_it_reaches_its_limit_not_for_every_batch(tmp_path, monkeypatch):
+    folder = Spool(tmp_path, limit_bytes=20_000).folder("run-1", 0)
+    looks = []
+    real = module._parcels_in
+    monkeypatch.setattr(module, "_parcels_in", lambda path: looks.append(path) or real(path))
+    dropped = [folder.put(RUN, seq, 1, b"x" * 100) for seq in range(400)]
+    assert len(looks) <= 1 + 400 * 100 // (20_000 // 16)
+    assert sum(dropped) + len(folder.parcels()) == 400
+
+
+def test_a_folder_tidied_away_under_a_writer_is_made_again(tmp_path, monkeypatch):
+    folder = _fill(tmp_path, seqs=())
+    real, times = module._leave_reserve, []
+
+    def tidied_by_another(path, needed):
+        real(path, needed)
+        if not times:
+            times.append(Spool(tmp_path).folder("run-1", 0).tidy())
+            assert not folder.path.exists()
+
+    monkeypatch.setattr(module, "_leave_reserve", tidied_by_another)
+    folder.put(RUN, 1, 1, _body())
+    assert (folder.registration(), len(folder.parcels())) == (RUN, 1)
+
+
+def test_tidying_that_meets_a_new_batch_puts_the_registration_back(tmp_path, monkeypatch):
+    folder = _fill(tmp_path, seqs=(1,))
+    folder.parcels()[0].remove()
+    real = Path.rmdir
+
+    def rmdir(path):
+        (folder.path / f"{2:020d}-1.arrow").write_bytes(_body(2))
+        real(path)
+
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    Spool(tmp_path).folder("run-1", 0).tidy()
+    assert (folder.registration(), [p.seq for p in folder.parcels()]) == (RUN, [2])
+
+
+def test_what_a_killed_writer_left_half_written_goes_with_the_folder(tmp_path):
+    folder = _fill(tmp_path, seqs=(1,))
+    (folder.path / f".{2:020d}-1.arrow.1-1.partial").write_bytes(b"half")
+    with FakeService() as service:
+        assert main([str(tmp_path), "--url", service.url]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_goes_on_with_a_run_says_anew_what_the_run_is(tmp_path):
+    _fill(tmp_path, RunCreate(id="run-1", name="old", world_size=8), seqs=(1,))
+    assert _fill(tmp_path, RUN, seqs=(2,)).registration() == RUN
+
+
+def test_the_command_sends_the_others_beside_a_folder_that_is_damaged(tmp_path, capsys):
+    damaged = _fill(tmp_path, RunCreate(id="a", name="a"), seqs=(1,))
+    (damaged.path / "run.json").write_text("{")
+    unreadable = _fill(tmp_path, RunCreate(id="b", name="b"), seqs=())
+    (unreadable.path / f"{1:020d}-1.arrow").mkdir(parents=True)
+    unreadable.put(RunCreate(id="b", name="b"), 2, 1, _body())
+    _fill(tmp_path, seqs=(5,))
+    with FakeService() as service:
+        assert main([str(tmp_path), "--url", service.url]) == 1
+        assert sorted(service.batches) == [("run-1", 0, 5)]
+    captured = capsys.readouterr()
+    assert "run-1 rank 0: sent 1 batches (1 steps), refused 0, left 0" in captured.out
+    assert "b/rank-0 cannot be emptied" in captured.err
+
+
+def test_brn_train_sends_what_a_spool_holds_and_trains_nothing(tmp_path, capsys):
+    _fill(tmp_path / "spool")
+    with FakeService() as service:
+        arguments = ["--sync", str(tmp_path / "spool"), "--url", service.url]
+        assert train([*arguments, "--token", "secret-1"]) == 0
+        assert len(service.batches) == 3
+        assert {headers["Authorization"] for _, _, headers in service.requests} == {"Bearer secret-1"}
+        assert set(service.runs) == {"run-1"}
+        assert train(["--sync", str(tmp_path / "absent"), "--url", service.url]) == 2
+    said = capsys.readouterr()
+    assert "sent 3 batches (3 steps)" in said.out
+    assert "is no directory" in said.err

@@ -169,3 +169,28 @@ def test_a_run_id_is_safe_in_a_path(run_id):
 def test_statistics_have_distinct_names_and_a_sentence_each():
     assert len(wire.METRIC) == len(wire.METRICS)
     assert all(metric.meaning.endswith(".") and metric.label for metric in wire.METRICS)
+
+
+def test_a_config_is_kept_without_its_secrets():
+    given = {
+        "lr": 0.1,
+        "max_tokens": 512,
+        "pad_token": "<pad>",
+        "tokenizer": "bpe",
+        "keyboard": "us",
+        "data": "s3://me:hunter22@bucket/x",
+        "url": "https://host/path",
+        "wandb": {"api-key": "hunter22", "apiKey": "hunter22", "entity": "us"},
+        "HF_TOKEN": "hunter22",
+        "auth.token": "hunter22",
+        "AWS_SECRET_ACCESS_KEY": "hunter22",
+        "db_password": ["hunter22", ""],
+    }
+    kept = wire.RunCreate(id="r", name="r", config=given).config
+    assert "hunter22" not in str(kept)
+    assert kept["data"] == "s3://(hidden)@bucket/x"
+    assert kept["wandb"] == {"api-key": "(hidden)", "apiKey": "(hidden)", "entity": "us"}
+    assert kept["db_password"] == ["(hidden)", ""]
+    unchanged = ("lr", "max_tokens", "pad_token", "tokenizer", "keyboard", "url")
+    assert {name: kept[name] for name in unchanged} == {name: given[name] for name in unchanged}
+    assert wire.RunCreate(id="r", name="r", config=kept).config == kept
