@@ -1,4 +1,7 @@
-"""`python -m service`: the REST service alone, without the dashboard (`brn-serve` serves both)."""
+"""`python -m service`: the REST service alone, without the dashboard (`brn-serve` serves both).
+
+With `--diagnose` it prints the findings of one run instead, see `service.checkup`.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ from typing import Final
 import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
+from rich.console import Console
 
 from service.app import create_app
+from service.checkup import checkup
 from service.errors import CannotStart
 from service.settings import Settings
 
@@ -25,24 +30,35 @@ AppFactory = Callable[[Settings], FastAPI]
 _FLAGS: Final = ("host", "port", "store")
 """Settings that have a command-line flag."""
 
+SWITCH_SECONDS: Final = 0.0005
+"""How long a thread may hold the interpreter while others want it. Batches pass through four threads, each of which
+gives it up whenever it decodes or waits for the disk: at Python's own 0.005 they spend most of their way waiting for it
+(benchmarks/ingest.py: a fifth fewer rows a second, and twice the p99)."""
+
 
 def main() -> int:
     return serve(create_app)
 
 
-def serve(app_factory: AppFactory, argv: Sequence[str] | None = None, *, prog: str = "python -m service") -> int:
-    """Reads settings, takes the port, opens the store and serves until SIGINT or SIGTERM.
+def serve(
+    app_factory: AppFactory, argv: Sequence[str] | None = None, *, prog: str = "python -m service", epilog: str = ""
+) -> int:
+    """Reads settings, takes the port, opens the store and serves until SIGINT or SIGTERM; or diagnoses one run.
 
     Args:
         app_factory: makes the application; the dashboard passes its own.
         argv: command line without the program's name; None: the process's.
         prog: name in the help text.
+        epilog: what the help text says at its end.
 
     Returns:
-        Exit code: 0 after a clean stop, 1 where it cannot start (one line on stderr says what to do).
+        Exit code: 0 after a clean stop, 1 where it cannot start (one line on stderr says what to do); with
+        `--diagnose` what `service.checkup` says.
     """
     try:
-        settings = _settings(prog, argv)
+        settings, subject = _settings(prog, argv, epilog)
+        if subject is not None:
+            return checkup(settings, subject, Console())
         _check_exposure(settings)
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL)  # what it logs it raises too
@@ -68,7 +84,7 @@ def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int:
     config = uvicorn.Config(
         app,
         log_level="warning" if settings.log_level == "info" else settings.log_level,  # no line a request
-        access_log=settings.log_level == "debug",
+        access_log=False,  # `Guard` has its own, without queries
         timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
         lifespan="on",
         server_header=False,
@@ -78,34 +94,44 @@ def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int:
     print(f"serving on http://{shown}:{port} (store {settings.store_shown})", flush=True)
     # uvicorn raises the signal again once it has stopped cleanly: both then end as KeyboardInterrupt, exit code 0.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.setswitchinterval(SWITCH_SECONDS)
     with suppress(KeyboardInterrupt):
         _Server(config).run(sockets=[listener])
     return 0
 
 
-def _settings(prog: str, argv: Sequence[str] | None) -> Settings:
+def _settings(prog: str, argv: Sequence[str] | None, epilog: str = "") -> tuple[Settings, str | None]:
+    """Settings, and what to diagnose (None: serve)."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Takes, stores and serves normalization statistics. Flags override BRN_SERVICE_* variables.",
+        epilog=epilog,
     )
     fields = Settings.model_fields
     for name in _FLAGS:
         parser.add_argument(f"--{name}", help=fields[name].description)
+    parser.add_argument(
+        "--diagnose",
+        metavar="RUN|PATH",
+        help="Print the findings of a run of the store, of a recorder's spool folder, or of exported tables, and end. "
+        "Exit code: 0 no warning, 1 could not look, 3 nothing could be judged, 4 warning, 5 critical.",
+    )
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    subject = given.pop("diagnose", None)
     try:
-        return Settings(**given)
+        return Settings(**given), subject
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        field = str(first["loc"][0])
+        field = str(first["loc"][0]) if first["loc"] else "read_token"  # the one rule over several fields
         flag = f" (or --{field})" if field in _FLAGS else ""
         raise CannotStart(f"BRN_SERVICE_{field.upper()}{flag}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def _check_exposure(settings: Settings) -> None:
-    if not settings.is_loopback and settings.token is None and not settings.trusted_network:
+    if settings.is_exposed and settings.token is None:
         raise CannotStart(
-            f"refusing to listen on {settings.host} without a token, anyone could read and delete runs: set "
-            "BRN_SERVICE_TOKEN=$(openssl rand -hex 16), or use --host 127.0.0.1"
+            f"refusing to listen on {settings.published_on or settings.host} without a token, anyone could read and "
+            "delete runs: set BRN_SERVICE_TOKEN=$(openssl rand -hex 16), or use --host 127.0.0.1"
         )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,23 +10,29 @@ from typing import Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from brn_core import __version__
+from service import events, history_routes, query_routes, routes
+from service.access import require_token
 from service.diagnoser import Diagnoser
-from service.errors import Invalid, ServiceError, Unauthorized, Unavailable
-from service.routes import problems, router
+from service.errors import Busy, Invalid, ServiceError, TooLarge, TooOften, Unauthorized, Unavailable
+from service.guard import Guard
+from service.intake import RETRY_AFTER_SECONDS, Intake
+from service.metrics import CONTENT_TYPE, Metrics
+from service.rates import Rates
+from service.retention import Retention
+from service.routes import problems
 from service.schemas import Health, Problem
 from service.settings import Settings
 from service.store import Store
+from service.webhook import Webhook
 
 log = logging.getLogger(__name__)
 
 _PROBLEM: Final = "application/problem+json"
-
-COOKIE: Final = "brn_token"
-"""Name of the browser's cookie; its value is `cookie_value(token)`."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -38,14 +42,26 @@ def create_app(settings: Settings) -> FastAPI:
         CannotStart: the store cannot be opened.
     """
     store = Store(settings)
-    diagnoser = Diagnoser(store, settings.diagnosis_seconds)
+    metrics = Metrics()
+    webhook = None if settings.webhook is None else Webhook(settings.webhook.get_secret_value())
+    diagnoser = Diagnoser(store, settings.diagnosis_seconds, None if webhook is None else webhook.offer)
+    retention = Retention(store, settings)
+    intake = Intake(store, settings, metrics, diagnoser)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.closing = asyncio.Event()  # set when event streams should end
+        if webhook is not None:
+            webhook.start()
         diagnoser.start()
+        intake.start()
+        retention.start()
         yield
+        retention.stop()
+        intake.stop()
         diagnoser.stop()
+        if webhook is not None:
+            webhook.stop()
         store.close()
 
     app = _Service(
@@ -65,11 +81,18 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.store = store
     app.state.diagnoser = diagnoser
-    app.include_router(router, dependencies=[Depends(require_token)])
+    app.state.intake = intake
+    app.state.metrics = metrics
+    app.state.rates = Rates(settings.client_requests_per_second)
+    for part in (routes, query_routes, history_routes, events):
+        app.include_router(part.router, dependencies=[Depends(require_token)], responses=problems(429))
     app.include_router(_process)
+    app.include_router(_metrics, dependencies=[Depends(require_token)], responses=problems(429))
+    app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, access_log=settings.access_log, metrics=metrics)
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_unexpected_error)
     return app
 
@@ -85,36 +108,6 @@ class _Service(FastAPI):
                     if int(status) >= 400:
                         answer["content"] = {_PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
         return document
-
-
-# -------- token
-
-
-def cookie_value(token: str) -> str:
-    """What the browser's cookie holds: made from the token, but not the token itself."""
-    return hmac.new(token.encode(), b"brn cookie", hashlib.sha256).hexdigest()
-
-
-def is_authorized(request: Request) -> bool:
-    """Whether a request carries the token, as `Authorization: Bearer` or as the cookie; true where none is set."""
-    settings: Settings = request.app.state.settings
-    if settings.token is None:
-        return True
-    token = settings.token.get_secret_value()
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    bearer = scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
-    cookie = hmac.compare_digest(request.cookies.get(COOKIE, "").encode(), cookie_value(token).encode())
-    return bearer or cookie
-
-
-def require_token(request: Request) -> None:
-    """Lets authorized requests through.
-
-    Raises:
-        Unauthorized: for all others.
-    """
-    if not is_authorized(request):
-        raise Unauthorized("send the service's token as `Authorization: Bearer <BRN_SERVICE_TOKEN>`")
 
 
 # -------- process
@@ -135,6 +128,18 @@ def readyz(request: Request) -> Health:
     except Exception as error:
         raise Unavailable("the store does not answer") from error
     return Health(status="ok", version=__version__)
+
+
+_metrics = APIRouter(tags=["process"], responses=problems(401, 503))
+
+
+@_metrics.get("/metrics", summary="Numbers for Prometheus", response_class=PlainTextResponse)
+def metrics(request: Request) -> Response:
+    """Rows taken in, how long they took, what waits, what was sent away, how long queries took, the store's size."""
+    store: Store = request.app.state.store
+    numbers: Metrics = request.app.state.metrics
+    numbers.store_bytes.set(store.size_bytes())
+    return Response(numbers.text(), media_type=CONTENT_TYPE)
 
 
 # -------- errors
@@ -158,7 +163,11 @@ def _problem(
 
 async def _on_service_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServiceError)
-    headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthorized) else None
+    headers = None
+    if isinstance(error, Unauthorized):
+        headers = {"WWW-Authenticate": "Bearer"}
+    elif isinstance(error, Busy | TooOften):
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     return _problem(error.status, error.title, error.detail, headers=headers)
 
 
@@ -173,8 +182,16 @@ async def _on_invalid_request(request: Request, error: Exception) -> JSONRespons
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if error.status_code == TooLarge.status:
+        return _problem(TooLarge.status, TooLarge.title, error.detail)
+    if error.status_code == 400:  # FastAPI's answer to a body that is no UTF-8 or nested too deep
+        return _problem(Invalid.status, Invalid.title, "body: cannot be read as JSON; send it as UTF-8, not too deep")
     detail = f"{request.method} {request.url.path}: {error.detail}; the routes are listed in /openapi.json"
     return _problem(error.status_code, error.detail, detail, headers=dict(error.headers or {}))
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # nobody hears it; but it is no failure of ours to log
 
 
 async def _on_unexpected_error(request: Request, error: Exception) -> JSONResponse:

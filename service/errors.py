@@ -2,13 +2,17 @@
 
     ServiceError                 has status, title, detail; answered as problem+json by one handler in app.py
     ├── Unauthorized      401    no token, or not ours
+    ├── Forbidden         403    a token that may only read, or a write that another site asked for
     ├── NotFound          404    no such run
     ├── TooLarge          413    a body over the limit
     ├── UnsupportedMedia  415    a body that is neither Arrow nor JSON
     ├── Invalid           422    a request that contradicts the schema or the run; says what exists
+    ├── Busy              429    more batches wait than memory is set aside for: send it again later
+    ├── TooOften          429    one client asks more often than it may
     ├── Unavailable       503    the store does not answer: send it again later
     └── StoreFull         507    the disk is full: nothing was stored
     CannotStart                  no HTTP: one line on stderr by __main__ and exit code 1
+    └── StoreInUse               another process has the embedded store
 
 A detail has three parts where they apply: what was wrong, what was got, what to do.
 """
@@ -43,6 +47,11 @@ class Unauthorized(ServiceError):
     title = "Token required"
 
 
+class Forbidden(ServiceError):
+    status = 403
+    title = "Not allowed"
+
+
 class NotFound(ServiceError):
     status = 404
     title = "Not found"
@@ -63,6 +72,16 @@ class Invalid(ServiceError):
     title = "Invalid request"
 
 
+class Busy(ServiceError):
+    status = 429
+    title = "Too many batches at once"
+
+
+class TooOften(ServiceError):
+    status = 429
+    title = "Too many requests"
+
+
 class Unavailable(ServiceError):
     status = 503
     title = "Store unavailable"
@@ -75,6 +94,10 @@ class StoreFull(ServiceError):
 
 class CannotStart(Exception):
     """The process cannot serve; the text is one line that says what to do."""
+
+
+class StoreInUse(CannotStart):
+    """Another process, most likely a service, has the embedded store open."""
 
 
 def some(names: list[str], limit: int = 20) -> str:

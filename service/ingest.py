@@ -1,4 +1,4 @@
-"""Taking a batch in: decoded, held against the run, stored once, acknowledged when it is on disk."""
+"""Reading a batch: a request's body as tables of the wire schema, held against the run it belongs to."""
 
 from __future__ import annotations
 
@@ -9,40 +9,26 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from brn_core.wire import PROBE_FEATURES, TABLES, RunCreate, WireError, decode_batch
-from service import query
-from service.errors import Invalid, some
-from service.schemas import Accepted
-from service.store import Store
+from brn_core.wire import MAX_SCALAR_NAME, PROBE_FEATURES, TABLES, RunCreate, WireError, decode_batch
+from service.errors import Invalid, TooLarge, some
 
 MAX_STEP: Final = 2**53
 """Steps must fit a JSON number."""
 
-MAX_NAME: Final = 200
-"""Most characters of a scalar's name."""
+MAX_JSON_BYTES: Final = 4 * 2**20
+"""Longest JSON body; it takes many times its size in memory. Arrow is for more."""
+
+JSON_GROWTH: Final = 25
+"""Bytes of memory a byte of JSON may take: `{},` becomes an object of 72."""
+
+MAX_TEXT: Final = 2000
+"""Most characters of an error text that repeats what was sent."""
 
 _NON_FINITE: Final = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 
-def accept(store: Store, run_id: str, rank: int, seq: int, tables: Mapping[str, pa.Table], max_rows: int) -> Accepted:
-    """Stores a batch unless `(run, rank, seq)` is stored already; when this returns, its rows are on disk.
-
-    Raises:
-        NotFound: no such run; create it and send the batch again.
-        Invalid: the batch contradicts the schema or the run.
-    """
-    with store.writing():  # between the look whether a batch is there and its writing nobody else may write it
-        run = query.stored_run(store, run_id)
-        _check(run.record, rank, tables, max_rows)
-        duplicate = query.is_stored(store, run_id, rank, seq)
-        if not duplicate:
-            store.put_batch(run, rank, seq, tables)
-    rows = 0 if duplicate else sum(table.num_rows for table in tables.values())
-    return Accepted(rows=rows, duplicate=duplicate, verdict=run.verdict or query.NOT_YET)
-
-
 def from_arrow(body: bytes) -> dict[str, pa.Table]:
-    """The tables of an Arrow body.
+    """The tables of an Arrow body. Takes `ipc.decoded_bytes(body)` of memory: ask before.
 
     Raises:
         Invalid: it does not follow the wire schema.
@@ -50,26 +36,36 @@ def from_arrow(body: bytes) -> dict[str, pa.Table]:
     try:
         return decode_batch(body)
     except WireError as error:
-        raise Invalid(str(error)) from error
+        raise Invalid(str(error)[:MAX_TEXT]) from error
 
 
 def from_json(body: bytes) -> dict[str, pa.Table]:
     """The tables of a JSON body, `{"tables": {"layers": [{row}, ...]}}`; a nullable column may be left out of a row.
 
+    Takes up to `JSON_GROWTH` times the body of memory.
+
     Raises:
+        TooLarge: it has more than `MAX_JSON_BYTES`.
         Invalid: it does not follow the wire schema.
     """
+    if len(body) > MAX_JSON_BYTES:
+        raise TooLarge(f"a JSON body may have {MAX_JSON_BYTES} bytes, got {len(body)}: send it in parts, or as Arrow")
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        return _tables(json.loads(body))
+    except ValueError as error:
         raise Invalid(f"the body is not JSON: {error}") from error
+    except RecursionError as error:
+        raise Invalid("the body nests deeper than any batch does") from error
+
+
+def _tables(content: Any) -> dict[str, pa.Table]:
     tables = content.get("tables") if isinstance(content, dict) else None
     if not isinstance(tables, dict) or len(content) != 1:
         raise Invalid('the body must be {"tables": {"layers": [{row}, ...], ...}}')
     found = {}
     for name, rows in tables.items():
         if name not in TABLES:
-            raise Invalid(f"unknown table {name!r}; known: {', '.join(TABLES)}")
+            raise Invalid(f"unknown table {name[:60]!r}; known: {', '.join(TABLES)}")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise Invalid(f"table {name!r} must be a list of rows, each an object of columns")
         found[name] = _table(name, rows)
@@ -95,7 +91,8 @@ def _table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
             raise Invalid(f"table {name!r}, column {field.name!r}: {str(error).splitlines()[0]}") from error
     for number, row in enumerate(rows):
         if unknown := row.keys() - set(schema.names):
-            raise Invalid(f"table {name!r}, row {number}: unknown columns {sorted(unknown)}; known: {schema.names}")
+            shown = some([repr(column[:60]) for column in sorted(unknown)])
+            raise Invalid(f"table {name!r}, row {number}: unknown columns {shown}; known: {some(schema.names)}")
     return pa.Table.from_arrays(columns, schema=schema)
 
 
@@ -124,8 +121,12 @@ def _value(kind: pa.DataType, value: Any) -> Any:
     raise TypeError(f"must be a whole number, got {value!r:.40}")
 
 
-def _check(run: RunCreate, rank: int, tables: Mapping[str, pa.Table], max_rows: int) -> None:
-    """Holds a batch of the right schema against its run."""
+def check(run: RunCreate, rank: int, tables: Mapping[str, pa.Table], max_rows: int) -> None:
+    """Holds a batch of the right schema against its run.
+
+    Raises:
+        Invalid: it contradicts the run, holds no row, or more than `max_rows`.
+    """
     if rank >= run.world_size:
         raise Invalid(f"run {run.id!r} has world_size {run.world_size}: rank must be below it, got {rank}")
     rows = sum(table.num_rows for table in tables.values())
@@ -159,8 +160,10 @@ def _check(run: RunCreate, rank: int, tables: Mapping[str, pa.Table], max_rows: 
     if "scalars" in tables:
         names = tables["scalars"].column("name").unique().to_pylist()
         for name in names:
-            if not 1 <= len(name) <= MAX_NAME:
-                raise Invalid(f"a scalar's name must have 1 to {MAX_NAME} characters, got {len(name)}: {name[:40]!r}")
+            if not 1 <= len(name) <= MAX_SCALAR_NAME:
+                raise Invalid(
+                    f"a scalar's name must have 1 to {MAX_SCALAR_NAME} characters, got {len(name)}: {name[:40]!r}"
+                )
 
 
 def _check_vectors(name: str, column: str, table: pa.Table, expected: pa.Scalar | pa.Array) -> None:

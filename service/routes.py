@@ -1,35 +1,22 @@
-"""The REST routes below /v1: what is asked for is read here, answered by query.py and ingest.py."""
+"""The routes below /v1 that create, list, change and fill runs, and what all routes share.
+
+Questions are in `query_routes`, event streams in `events`.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response, status
-from fastapi.concurrency import run_in_threadpool
-from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from brn_core import wire
-from service import ingest, query
+from service import answers
+from service.answers.records import RunOrder
 from service.diagnoser import Diagnoser
-from service.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
-from service.schemas import (
-    Accepted,
-    Findings,
-    Heatmap,
-    Layers,
-    Problem,
-    Run,
-    Runs,
-    Scalars,
-    Series,
-    Statistic,
-    Statistics,
-    Summary,
-)
+from service.errors import Invalid, UnsupportedMedia
+from service.intake import Intake
+from service.schemas import Accepted, Problem, Run, Runs, RunState
 from service.settings import Settings
 from service.store import Store
 
@@ -37,9 +24,11 @@ JSON: Final = "application/json"
 
 _TEXTS: Final = {
     401: "No token, or not ours.",
+    403: "The token may only read, or another site's page sent this.",
     404: "No such run.",
     413: "The body is over the limit.",
     415: "Neither Arrow nor JSON.",
+    429: "More batches wait than memory is set aside for, or this client asks too often: try after `Retry-After`.",
     422: "The request contradicts the schema or the run; the text says what exists.",
     503: "The store does not answer: send it again later.",
     507: "The disk is full: nothing was stored.",
@@ -69,20 +58,21 @@ def _diagnoser(request: Request) -> Diagnoser:
     return diagnoser
 
 
+def _intake(request: Request) -> Intake:
+    intake: Intake = request.app.state.intake
+    return intake
+
+
 StoreOf = Annotated[Store, Depends(_store)]
 SettingsOf = Annotated[Settings, Depends(_settings)]
 DiagnoserOf = Annotated[Diagnoser, Depends(_diagnoser)]
+IntakeOf = Annotated[Intake, Depends(_intake)]
 RunPath = Annotated[str, Path(alias="run", description="Run id.")]
 Stat = Annotated[str, Query(description="Name of a statistic, see /v1/statistics.")]
 Rank = Annotated[int | None, Query(ge=0, description="Global rank; left out: all ranks.")]
 From = Annotated[int | None, Query(alias="from", ge=0, description="First step; left out: the run's first.")]
 To = Annotated[int | None, Query(alias="to", ge=0, description="Last step; left out: the run's newest.")]
 Points = Annotated[int, Query(ge=1, le=5000, description="Most buckets in the answer.")]
-
-
-def _existing(run: RunPath, store: StoreOf) -> None:
-    """Answers 404 while there still is a status to set: a stream has sent it before it looks."""
-    query.stored_run(store, run)
 
 
 # -------- runs
@@ -104,35 +94,48 @@ def create_run(body: wire.RunCreate, response: Response, store: StoreOf) -> Run:
         if layer.index != position:
             raise Invalid(f"layers must be numbered 0, 1, 2, ... in order; layers[{position}] has index {layer.index}")
     with store.writing():
-        try:
-            created_at = query.stored_run(store, body.id).created_at
+        known = store.record(body.id)
+        if known is not None:
             response.status_code = status.HTTP_200_OK
-        except NotFound:
-            created_at = datetime.now(UTC)
-        store.put_run(body, "running", created_at)
-        return query.run(store, body.id)
+            # A run that goes on does not know what people wrote to it meanwhile.
+            body = body.model_copy(update={"notes": body.notes or known.record.notes})
+        store.put_run(body, "running", known.created_at if known else datetime.now(UTC))
+        return answers.run(store, body.id)
 
 
-@router.get("/runs", tags=["runs"], summary="All runs", response_model_exclude={"runs": {"__all__": {"layers"}}})
-def list_runs(store: StoreOf) -> Runs:
-    """Newest first, each with its last verdict, without `layers` (see `/v1/runs/{run}/layers`)."""
-    return Runs(runs=query.runs(store))
+@router.get("/runs", tags=["runs"], summary="Runs, a page at a time", response_model=Runs)
+def list_runs(
+    store: StoreOf,
+    search: Annotated[str, Query(max_length=200, description="Text in id, name, notes or a tag, in any case.")] = "",
+    tag: Annotated[list[str], Query(description="Tags that a run must all have.")] = [],  # noqa: B006 FastAPI copies it
+    state: Annotated[list[RunState], Query(description="States of which a run must have one.")] = [],  # noqa: B006
+    sort: Annotated[RunOrder, Query(description="What to order by.")] = "created",
+    ascending: Annotated[bool, Query(description="Smallest, oldest first.")] = False,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Most runs of a page.")] = 100,
+    cursor: Annotated[str | None, Query(description="`next` of the page before.")] = None,
+) -> Response:
+    """Newest first unless said otherwise, each with its last verdict, without `layers` (`/v1/runs/{run}/layers`)."""
+    found = answers.page(
+        store, search=search, tags=tag, states=state, sort=sort, descending=not ascending, limit=limit, cursor=cursor
+    )
+    # Made here and not by FastAPI, which would check every run once more.
+    return Response(found.model_dump_json(exclude={"runs": {"__all__": {"layers"}}}), media_type=JSON)
 
 
 @router.get("/runs/{run}", tags=["runs"], summary="One run", responses=problems(404))
 def get_run(run: RunPath, store: StoreOf) -> Run:
-    return query.run(store, run)
+    return answers.run(store, run)
 
 
-@router.patch("/runs/{run}", tags=["runs"], summary="Change name, tags or status", responses=problems(404, 507))
+@router.patch("/runs/{run}", tags=["runs"], summary="Change name, tags, notes or status", responses=problems(404, 507))
 def update_run(run: RunPath, body: wire.RunUpdate, store: StoreOf, diagnoser: DiagnoserOf) -> Run:
     """Only what is given changes."""
     with store.writing():
-        known = query.stored_run(store, run)
+        known = answers.stored_run(store, run)
         changes = body.model_dump(exclude_none=True, exclude={"status"})
         store.put_run(known.record.model_copy(update=changes), body.status or known.status, known.created_at)
         diagnoser.touch(run)
-        return query.run(store, run)
+        return answers.run(store, run)
 
 
 @router.delete(
@@ -143,10 +146,9 @@ def update_run(run: RunPath, body: wire.RunUpdate, store: StoreOf, diagnoser: Di
     responses=problems(404),
 )
 def delete_run(run: RunPath, store: StoreOf, diagnoser: DiagnoserOf) -> None:
-    with store.writing():
-        query.stored_run(store, run)
-        store.delete_run(run)
-        diagnoser.touch(run)
+    answers.stored_run(store, run)
+    store.delete_runs([run])
+    diagnoser.touch(run)
 
 
 # -------- ingest
@@ -185,7 +187,7 @@ _BATCH_BODY: Final = {
     "/runs/{run}/batches",
     tags=["ingest"],
     summary="Store a batch of rows, once",
-    responses=problems(404, 413, 415, 507),
+    responses=problems(404, 413, 415, 429, 507),
     openapi_extra=_BATCH_BODY,
 )
 async def post_batch(
@@ -193,153 +195,10 @@ async def post_batch(
     run: RunPath,
     rank: Annotated[int, Query(ge=0, lt=2**32, description="Global rank that recorded the rows.")],
     seq: Annotated[int, Query(ge=0, lt=2**64, description="Number of the batch, never used twice by a rank.")],
-    store: StoreOf,
-    settings: SettingsOf,
-    diagnoser: DiagnoserOf,
+    intake: IntakeOf,
 ) -> Accepted:
     """The answer comes when the rows are on disk. A repeat of a known (run, rank, seq) adds nothing."""
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media not in (wire.MEDIA_TYPE, JSON):
         raise UnsupportedMedia(f"Content-Type must be {wire.MEDIA_TYPE} or {JSON}, got {media or 'none'!r}")
-    body = await _body(request, settings.max_body_bytes)
-
-    def work() -> Accepted:
-        tables = ingest.from_arrow(body) if media == wire.MEDIA_TYPE else ingest.from_json(body)
-        return ingest.accept(store, run, rank, seq, tables, settings.max_batch_rows)
-
-    accepted = await run_in_threadpool(work)
-    if not accepted.duplicate:
-        diagnoser.touch(run)
-    return accepted
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """The body, read no further than the limit."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise TooLarge(f"a body may have {limit} bytes (BRN_SERVICE_MAX_BODY_BYTES): send the batch in parts")
-        parts.append(part)
-    return b"".join(parts)
-
-
-# -------- queries
-
-
-@router.get("/statistics", tags=["queries"], summary="What can be asked for: the statistics of a layer")
-def list_statistics() -> Statistics:
-    """Name, label, formula and neutral value of every statistic."""
-    return Statistics(
-        statistics=[
-            Statistic(
-                name=metric.name,
-                label=metric.label,
-                group=metric.group,
-                meaning=metric.meaning,
-                neutral=metric.neutral,
-                nullable=metric.nullable,
-            )
-            for metric in wire.METRICS
-        ]
-    )
-
-
-@router.get("/runs/{run}/layers", tags=["queries"], summary="The run's normalization layers", responses=problems(404))
-def get_layers(run: RunPath, store: StoreOf) -> Layers:
-    return Layers(layers=query.layers(store, run))
-
-
-@router.get(
-    "/runs/{run}/summary", tags=["queries"], summary="Every statistic of every layer, now", responses=problems(404)
-)
-def get_summary(run: RunPath, store: StoreOf) -> Summary:
-    return query.summary(store, run)
-
-
-@router.get("/runs/{run}/series", tags=["queries"], summary="Statistics over steps", responses=problems(404))
-def get_series(
-    run: RunPath,
-    store: StoreOf,
-    stat: Annotated[list[str], Query(description="Names of statistics, see /v1/statistics.")],
-    layer: Annotated[int | None, Query(ge=0, description="Index of a layer; left out: over all layers.")] = None,
-    rank: Rank = None,
-    from_step: From = None,
-    to_step: To = None,
-    points: Points = 500,
-) -> Series:
-    """Minimum, mean and maximum a bucket of steps; the newest point is always in."""
-    return query.series(store, run, stat, layer=layer, rank=rank, from_step=from_step, to_step=to_step, points=points)
-
-
-@router.get("/runs/{run}/heatmap", tags=["queries"], summary="One statistic, layers x steps", responses=problems(404))
-def get_heatmap(
-    run: RunPath,
-    store: StoreOf,
-    stat: Stat,
-    rank: Rank = None,
-    from_step: From = None,
-    to_step: To = None,
-    points: Points = 300,
-) -> Heatmap:
-    return query.heatmap(store, run, stat, rank=rank, from_step=from_step, to_step=to_step, points=points)
-
-
-@router.get(
-    "/runs/{run}/scalars", tags=["queries"], summary="Loss and other scalars over steps", responses=problems(404)
-)
-def get_scalars(
-    run: RunPath,
-    store: StoreOf,
-    name: Annotated[list[str] | None, Query(description="Names of scalars; left out: all.")] = None,
-    rank: Rank = None,
-    from_step: From = None,
-    to_step: To = None,
-    points: Points = 500,
-) -> Scalars:
-    return query.scalars(store, run, name, rank=rank, from_step=from_step, to_step=to_step, points=points)
-
-
-@router.get("/runs/{run}/findings", tags=["queries"], summary="What is wrong, why, what to do", responses=problems(404))
-def get_findings(run: RunPath, store: StoreOf) -> Findings:
-    """Verdict and findings with evidence and remedy, for the rows stored now."""
-    return query.diagnosis(store, run)
-
-
-@router.get(
-    "/runs/{run}/events",
-    tags=["queries"],
-    summary="News of a run as it comes (server-sent events)",
-    response_class=EventSourceResponse,
-    responses=problems(404),
-    dependencies=[Depends(_existing)],
-)
-async def get_events(
-    request: Request, run: RunPath, store: StoreOf, settings: SettingsOf, diagnoser: DiagnoserOf
-) -> AsyncIterator[ServerSentEvent]:
-    """Event `cursor` (`last_step`, `status`, `rows`) and event `findings` (a Diagnosis), at once and when changed."""
-    closing: asyncio.Event = request.app.state.closing
-    seen, cursor, sent, shown = -1, None, None, None
-    while not closing.is_set():
-        if (changes := store.changes(run)) != seen:
-            seen = changes
-            try:
-                known = await run_in_threadpool(query.run, store, run)
-                now = {"last_step": known.last_step, "status": known.status, "rows": known.rows}
-                if now != cursor:
-                    cursor = now
-                    yield ServerSentEvent(event="cursor", data=cursor)
-                if sent is None:
-                    shown = diagnoser.latest(run)  # may be older than the one computed now, so it is not sent after it
-                    sent = await run_in_threadpool(query.diagnosis, store, run)
-                    yield ServerSentEvent(event="findings", data=sent)
-            except NotFound:  # deleted while we looked
-                return
-        latest = diagnoser.latest(run)
-        if latest is not None and latest is not shown:
-            shown = latest
-            if latest != sent:
-                sent = latest
-                yield ServerSentEvent(event="findings", data=sent)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(closing.wait(), settings.events_seconds)
+    return await intake.take(run, rank, seq, media, request.stream())

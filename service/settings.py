@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 EMBEDDED: Final = "chdb://"
@@ -30,26 +30,77 @@ class Settings(BaseSettings):
         min_length=8,
         description="Bearer token that every /v1 request must carry; unset: no token, and only this machine is served.",
     )
-    trusted_network: bool = Field(
-        default=False,
-        description="Listen beyond this machine without a token. For a container whose port is published to "
-        "127.0.0.1 only.",
+    read_token: SecretStr | None = Field(
+        default=None,
+        min_length=8,
+        description="A second bearer token, which may only read; wants `BRN_SERVICE_TOKEN` to be set too.",
+    )
+    published_on: str | None = Field(
+        default=None,
+        description="In a container: the host's address at which its port is published. If that is a loopback address "
+        "no token is needed, whatever the address listened on.",
     )
     max_body_bytes: int = Field(
         default=16 * 2**20, ge=1024, description="Largest request body that is read, in bytes; larger ones get 413."
     )
+    max_batch_bytes: int = Field(
+        default=128 * 2**20,
+        ge=2**16,
+        description="Most memory one batch may take when decompressed, in bytes; larger ones get 413.",
+    )
+    queue_bytes: int = Field(
+        default=256 * 2**20,
+        ge=2**20,
+        description="Most memory that batches on their way to the store may take together, in bytes; when it is taken, "
+        "ranks get 429 and send again later.",
+    )
     max_batch_rows: int = Field(default=500_000, ge=1, description="Most rows one batch may hold over all its tables.")
+    min_free_bytes: int = Field(
+        default=64 * 2**20,
+        ge=0,
+        description="Free space of an embedded store's disk below which batches get 507, in bytes: the engine needs "
+        "some to merge and to delete.",
+    )
     readers: int = Field(
         default=4, ge=1, le=64, description="Store connections for queries; more wait for a free one. Writing has one."
     )
     diagnosis_seconds: float = Field(
         default=1.0, ge=0, description="Least time between two background diagnoses of a run, in seconds."
     )
+    webhook: SecretStr | None = Field(
+        default=None,
+        description="URL that gets a JSON post for every new warning of a run, tried again while it does not answer; "
+        "unset: none.",
+    )
+    keep_days: float | None = Field(
+        default=None,
+        gt=0,
+        description="A run to which nothing came for so many days is deleted with all its rows, unless it has the tag "
+        "`keep`; unset: runs are kept.",
+    )
+    thin_days: float | None = Field(
+        default=None,
+        gt=0,
+        description="Steps that came more than so many days ago are thinned out, unless their run has the tag `keep`; "
+        "unset: every step is kept.",
+    )
+    thin_every: int = Field(
+        default=10, ge=2, description="One in so many old steps is kept where they are thinned out."
+    )
     events_seconds: float = Field(
         default=0.25, gt=0, description="Time between two looks for news on an event stream, in seconds."
     )
     shutdown_seconds: float = Field(
         default=5.0, gt=0, description="How long running requests may take to end when the process stops, in seconds."
+    )
+    client_requests_per_second: float = Field(
+        default=500,
+        gt=0,
+        description="Requests that one address may send a second for good, twice as many at once; more get 429. Behind "
+        "a proxy all clients share its address.",
+    )
+    access_log: bool = Field(
+        default=False, description="Log every request as one line of JSON: address, method, path, status, seconds."
     )
     log_level: str = Field(
         default="info", pattern="^(debug|info|warning|error)$", description="Least severe log line that is written."
@@ -67,6 +118,19 @@ class Settings(BaseSettings):
             f"got a text that starts with {value.partition('://')[0][:20]!r}"  # not all of it: it may hold a password
         )
 
+    @field_validator("webhook")
+    @classmethod
+    def _is_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None or value.get_secret_value().startswith(("http://", "https://")):
+            return value
+        raise ValueError("must be a URL that begins with http:// or https://")
+
+    @model_validator(mode="after")
+    def _read_token_is_another(self) -> Self:
+        if self.read_token is not None and (self.token is None or self.read_token == self.token):
+            raise ValueError("the token that may only read wants another one that may write (BRN_SERVICE_TOKEN)")
+        return self
+
     @property
     def store_path(self) -> Path | None:
         """Directory of the embedded store; None where a server keeps the rows."""
@@ -79,11 +143,15 @@ class Settings(BaseSettings):
         return f"{scheme}://{rest.rpartition('@')[2]}"
 
     @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach the address listened on."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+    def is_exposed(self) -> bool:
+        """Whether other machines can reach the address listened on."""
+        return not _is_loopback(self.published_on or self.host)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -19,9 +20,10 @@ from fastapi import FastAPI
 from synthetic import create, layer_rows, run_record, scalar_rows, send, write_run
 
 from brn_core import wire
-from service import query
+from service import answers
 from service.__main__ import _listening_socket, serve
-from service.app import COOKIE, cookie_value, create_app
+from service.access import COOKIE, cookie_value
+from service.app import create_app
 from service.settings import Settings
 from service.store import Store
 
@@ -156,6 +158,29 @@ def test_events_tell_the_cursor_and_the_findings_at_once_and_on_change(client: h
         assert next(stream) == ("cursor", {"last_step": 2, "status": "failed", "rows": 2})
 
 
+def test_events_follow_what_another_process_stored(
+    client: httpx.Client, store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(client, run_record(run_id, layers=1))
+    monkeypatch.setattr(store.engine, "embedded", False)  # as on a server; below, nobody tells this process
+    with events(client, run_id) as stream:
+        assert next(stream) == ("cursor", {"last_step": None, "status": "running", "rows": 0})
+        assert next(stream)[0] == "findings"
+        with store.writing():
+            for table, columns in (
+                ("layers", "3 AS step, 0 AS layer, 4 AS nonfinite_channels"),
+                ("batches", "1 AS layer_rows, 3 AS first_step, 3 AS last_step, now() AS received_at"),
+            ):
+                names = ", ".join(part.split(" AS ")[1] for part in columns.split(", "))
+                store.engine.command(
+                    f"INSERT INTO {table} (run_id, rank, seq, {names}) SELECT {{run:String}}, 0, 1, {columns}",
+                    run=run_id,
+                )
+        assert next(stream) == ("cursor", {"last_step": 3, "status": "running", "rows": 1})
+        name, data = next(stream)
+        assert (name, data["verdict"]["code"]) == ("findings", "NH-NONFINITE")
+
+
 def test_events_end_when_the_run_is_deleted(client: httpx.Client, run_id: str) -> None:
     create(client, run_record(run_id))
     with events(client, run_id) as stream:
@@ -170,17 +195,23 @@ def test_events_of_an_unknown_run_are_a_404(client: httpx.Client) -> None:
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_the_verdict_reaches_the_sender_and_the_list_without_anyone_asking(
+def test_verdict_and_findings_reach_the_sender_and_the_list_without_anyone_asking(
     client: httpx.Client, store: Store, run_id: str
 ) -> None:
     create(client, run_record(run_id, layers=1))
     send(client, run_id, {"layers": layer_rows([1, 2], 1, nonfinite_channels=[[0], [3]])})
-    deadline = time.monotonic() + 20
-    while query.run(store, run_id).verdict.code != "NH-NONFINITE":
-        assert time.monotonic() < deadline, query.run(store, run_id).verdict
+    deadline, seq = time.monotonic() + 60, itertools.count(2)
+
+    def answered() -> dict[str, Any]:
+        rows = {"scalars": scalar_rows({"loss": [(3, 1.0)]})}
+        answer: dict[str, Any] = send(client, run_id, rows, seq=next(seq)).json()
+        return answer
+
+    while not (answer := answered())["findings"]:
+        assert time.monotonic() < deadline, answer
         time.sleep(0.01)
-    answer = send(client, run_id, {"scalars": scalar_rows({"loss": [(3, 1.0)]})}, seq=2).json()
-    assert answer["verdict"]["code"] == "NH-NONFINITE"
+    assert [(found["code"], found["severity"]) for found in answer["findings"]] == [("NH-NONFINITE", "critical")]
+    assert answered()["verdict"]["code"] == answers.run(store, run_id).verdict.code == "NH-NONFINITE"
 
 
 # -------- errors
@@ -221,10 +252,10 @@ def test_every_error_is_a_problem_with_a_detail(
 def test_an_unexpected_error_is_logged_and_tells_the_client_nothing(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(store: Store) -> list[Any]:
+    def fail(*_: object, **__: object) -> Any:
         raise RuntimeError("a secret detail")
 
-    monkeypatch.setattr(query, "runs", fail)
+    monkeypatch.setattr(answers, "page", fail)
     answer = client.get("/v1/runs")
     assert answer.status_code == 500
     assert answer.headers["content-type"] == "application/problem+json"
@@ -371,3 +402,9 @@ def test_a_wrong_setting_is_one_line_with_its_name(
     assert "BRN_SERVICE_PORT (or --port): " in one_line(capsys, "--port", "x")
     monkeypatch.setenv("BRN_SERVICE_READERS", "0")
     assert "BRN_SERVICE_READERS: " in one_line(capsys)
+
+
+def test_a_body_that_is_no_text_is_a_problem_as_any_other_wrong_body_is(client: httpx.Client) -> None:
+    answer = client.post("/v1/runs", content=b'{"id": "\xff"}', headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.headers["content-type"]) == (422, "application/problem+json")
+    assert answer.json()["detail"].startswith("body: cannot be read as JSON")

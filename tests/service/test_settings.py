@@ -12,7 +12,7 @@ API = Path(__file__).parents[2] / "docs" / "api.md"
 
 def test_defaults_serve_this_machine_only_from_an_embedded_store() -> None:
     settings = Settings()
-    assert settings.is_loopback
+    assert not settings.is_exposed
     assert settings.store_path == Path(".brn/store")
     assert settings.token is None
 
@@ -45,10 +45,12 @@ def test_a_server_store_has_no_path_and_is_shown_without_its_password() -> None:
 
 @pytest.mark.parametrize(
     ("host", "expected"),
-    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("my.host", False)],
+    [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True), ("::", True), ("my.host", True)],
 )
 def test_loopback_is_told_from_the_rest(host: str, expected: bool) -> None:
-    assert Settings(host=host).is_loopback is expected
+    assert Settings(host=host).is_exposed is expected
+    # in a container it is the host's port that counts
+    assert Settings(host="0.0.0.0", published_on=host).is_exposed is expected
 
 
 def test_a_token_is_not_shown_when_settings_are_printed() -> None:
