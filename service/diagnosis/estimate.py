@@ -39,13 +39,22 @@ class Ratio:
 
     @property
     def z(self) -> float:
-        """Standard errors of ln(value) above 0; very negative where the numerator is zero throughout."""
+        """Standard errors of ln(value) above 0; infinite where numerator or error are zero throughout."""
         if self.value <= 0:
             return -math.inf
-        return math.log(self.value) * self.value / max(self.standard_error, 1e-12 * self.value)
+        log = math.log(self.value)
+        return log * self.value / self.standard_error if self.standard_error > 0 else math.copysign(math.inf, log)
 
 
-def ratio_of_means(g_T: Floats, h_T: Floats, seen_T: Bools, order: int, *, least: int = MIN_STEPS) -> Ratio | None:
+def ratio_of_means(
+    g_T: Floats,
+    h_T: Floats,
+    seen_T: Bools,
+    order: int,
+    *,
+    least: int = MIN_STEPS,
+    distinct: int | None = None,
+) -> Ratio | None:
     """The ratio and its standard error by the delta method, from the series e_t = g_t - ratio * h_t itself.
 
     Differences of order p make e_t and e_t+p dependent, so the variance adds twice the autocovariances up to lag
@@ -57,19 +66,22 @@ def ratio_of_means(g_T: Floats, h_T: Floats, seen_T: Bools, order: int, *, least
         seen_T: which steps count.
         order: order of the differences g is made of.
         least: steps below which no ratio is given.
+        distinct: how many of the steps are different, where they may repeat; the others add no evidence.
 
     Returns:
-        None with fewer than `least` steps or without any noise in the denominator.
+        None with fewer than `least` different steps or without any noise in the denominator.
     """
     n = int(seen_T.sum())
     total = float(h_T.sum())
-    if n < least or not total > 0:
+    independent = n if distinct is None else min(n, distinct)
+    if independent < least or not total > 0:
         return None
     value = float(g_T.sum()) / total
     e_T = np.where(seen_T, g_T - value * h_T, 0.0)
     lag0 = float(e_T @ e_T)
     long_run = lag0 + 2 * sum(float(e_T[:-lag] @ e_T[lag:]) for lag in range(1, order + 1))
-    return Ratio(value, math.sqrt(max(long_run, lag0 / 2)) / total, n)
+    error = math.sqrt(max(long_run, lag0 / 2) * n / independent) / total
+    return Ratio(value, error, n)
 
 
 def spacing(steps_T: Ints) -> int:

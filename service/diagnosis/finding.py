@@ -60,3 +60,12 @@ class Diagnosis(_Part):
     step: int | None = Field(description="Newest step looked at.")
     verdict: Verdict
     findings: tuple[Finding, ...]
+
+    def warnings(self) -> tuple[Verdict, ...]:
+        """Its findings that warn, each in a line, worst first."""
+        return tuple(
+            Verdict(code=finding.code, severity=finding.severity, summary=finding.summary)
+            for severity in ("critical", "warning")
+            for finding in self.findings
+            if finding.severity == severity
+        )

@@ -20,6 +20,8 @@ from service.diagnosis.window import Window
 
 ORDER_WINDOWS = ((100, 0.7), (200, 0.8), (400, 0.9))
 """Rows of a window, and the ratio O from which downwards it speaks."""
+LEAST_DISTINCT = 5
+"""Different batches below which an order says nothing: three of them in turn always do the same."""
 ORDER_Z = 2.576
 """Permutation z for p = .005, one-sided."""
 PAIRED_WINDOWS = ((100, 0.9), (400, 0.95))
@@ -44,30 +46,32 @@ def neumann_ratio(stream: Stream, begin: int, end: int, below: float = math.inf)
     With z_t the centred means of a step over the root of their noise, S = sum_t z_t . z_t+1 and Q = sum_t |z_t|²,
     O = 1 - S / Q up to the ends of the window, with mean 1. Over all permutations of the steps, S has mean -Q / W
     and, to leading order, variance (W - 1) times the mean square of z_s . z_t, s != t: no permutation is drawn.
-    That costs, so `z` is left at infinity where O is not `below` what the caller asks about.
+    Batches that come again are permuted together, so only the different ones count. The variance costs: `z` is left at
+    infinity where O is not `below` what the caller asks about.
     """
     full_K = full_ranks(stream.good_TK[begin:end])
     good_T = stream.good_TK[begin:end, full_K].all(1)
     n = int(good_T.sum())
-    if not full_K.any() or n < MIN_STEPS:
+    distinct = min(n, stream.distinct(begin, end))
+    if not full_K.any() or n < MIN_STEPS or distinct < LEAST_DISTINCT:
         return None
     mean_WKF, noise_WKF = stream.mean_TKF[begin:end], stream.noise.each_TKF[begin:end]
     if not full_K.all() or n < end - begin:
         mean_WKF, noise_WKF = mean_WKF[good_T][:, full_K], noise_WKF[good_T][:, full_K]
     noise_KF = noise_WKF.mean(0)
     z_WX = ((mean_WKF - mean_WKF.mean(0)) * np.sqrt(inverse(noise_KF))).reshape(n, -1)
-    square_W = (z_WX**2).sum(1)
+    square_W = np.einsum("wx,wx->w", z_WX, z_WX)
     total = float(square_W.sum())
     if not total > 0:
         return None
-    along = float((z_WX[1:] * z_WX[:-1]).sum())
+    along = float(np.einsum("wx,wx->", z_WX[1:], z_WX[:-1]))
     ends = float(square_W[0] + square_W[-1]) / 2
     value = (total - ends - along) / total
     if value >= below:
         return Neumann(value, math.inf, n)
     gram = z_WX @ z_WX.T if n < z_WX.shape[1] else z_WX.T @ z_WX  # both have the same sum of squares
     variance = (float((gram**2).sum()) - float((square_W**2).sum())) / n
-    z = (along + total / n) / math.sqrt(variance) if variance > 0 else 0.0
+    z = (along + total / n) / math.sqrt(variance * n / distinct) if variance > 0 else 0.0
     return Neumann(value, -z, n)
 
 
@@ -83,7 +87,9 @@ def neighbour_ratio(stream: Stream, begin: int, end: int) -> Ratio | None:
     neighbour_TF = stream.neighbour.over(begin, end, full_K)
     noise_TF = stream.noise.over(begin, end, full_K)
     weight_F = inverse(noise_TF.sum(0))
-    return ratio_of_means(neighbour_TF @ weight_F, noise_TF @ weight_F, good_T, order=0)
+    return ratio_of_means(
+        neighbour_TF @ weight_F, noise_TF @ weight_F, good_T, order=0, distinct=stream.distinct(begin, end)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +181,7 @@ def paired(window: Window, stream: Stream) -> Outcome:
             low=ratio.low,
             high=ratio.high,
             threshold=dict(PAIRED_WINDOWS)[seen.width],
-            z=max(ratio.z, -1e9),
+            z=ratio.z if math.isfinite(ratio.z) else None,
             steps_used=ratio.steps,
             query=query(
                 window.run,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service.diagnosis.estimate import LOOK_ROWS, look_rows, ratio_of_means, twice_in_a_row
+from service.diagnosis.estimate import LOOK_ROWS, MIN_STEPS, look_rows, ratio_of_means, twice_in_a_row
 from service.diagnosis.finding import Evidence, Finding, Remedy
 from service.diagnosis.outcome import Outcome, names, query
 from service.diagnosis.stream import Stream, full_ranks, inverse
@@ -21,6 +21,8 @@ SKEW_WARNING = 0.2
 SKEW_CRITICAL = 1.0
 SKEW_Z = 4.0
 COPY_RATIO = 0.5
+EQUAL_RATIO = 1e-4
+"""The ratio below which ranks are equal even where few different batches come and chance makes some alike."""
 MIN_PAIRS = 15
 """Pairs of successive blocks below which no rank effect is given: 95 of 100 rows."""
 
@@ -39,22 +41,23 @@ class RankEffect:
         return self.value / max(self.standard_error, 1e-12)
 
 
-def rank_effect(stream: Stream, begin: int, end: int) -> RankEffect | None:
+def rank_effect(stream: Stream, begin: int, end: int, *, scale: bool = False) -> RankEffect | None:
     """R over rows begin..end-1: mean over features of cov_k(block b, block b + 1) / (s²_y / N), blocks of 5 steps.
 
     0 where all ranks draw from one population, clustered or not: what moves from block to block averages out. None
-    with fewer than two full ranks or `MIN_PAIRS` pairs of blocks.
+    with fewer than two full ranks or `MIN_PAIRS` pairs of blocks. With `scale` the same of the variance within batches
+    instead of their mean (unbiased at any N), its noise from successive steps: ranks may differ in contrast alone.
     """
-    full_K = full_ranks(stream.good_TK[begin:end])
-    ranks = np.flatnonzero(full_K)
-    rows = np.flatnonzero(stream.good_TK[begin:end, full_K].all(1)) + begin
-    blocks = len(rows) // BLOCK_ROWS
-    if len(ranks) < 2 or blocks < 2:
+    ranks, (mean_WKF, noise_WKF, var_WKF) = _complete(stream, begin, end)
+    blocks = len(mean_WKF) // BLOCK_ROWS
+    if len(ranks) < 2 or blocks < 2 or stream.distinct(begin, end) < MIN_STEPS:
         return None
-    rows = rows[: blocks * BLOCK_ROWS]
+    if scale:
+        mean_WKF, noise_WKF = _scales(var_WKF)
     shape = (blocks, BLOCK_ROWS, len(ranks), -1)
-    mean_BKF = stream.mean_TKF[rows][:, ranks].reshape(shape).mean(1)
-    noise_BF = stream.noise.each_TKF[rows][:, ranks].reshape(shape).mean((1, 2))
+    used = slice(blocks * BLOCK_ROWS)
+    mean_BKF = np.einsum("bskf->bkf", mean_WKF[used].reshape(shape)) / BLOCK_ROWS
+    noise_BF = np.einsum("bskf->bf", noise_WKF[used].reshape(shape)) / (BLOCK_ROWS * len(ranks))
     weight_F = inverse(noise_BF.mean(0))
     apart_BKF = mean_BKF - mean_BKF.mean(1, keepdims=True)
     kept_B = (apart_BKF[1:] * apart_BKF[:-1]).sum(1) @ weight_F / (len(ranks) - 1)
@@ -66,6 +69,26 @@ def rank_effect(stream: Stream, begin: int, end: int) -> RankEffect | None:
     return RankEffect(ratio.value, ratio.standard_error, blocks * BLOCK_ROWS, extreme)
 
 
+def _scales(var_WKF: Floats) -> tuple[Floats, Floats]:
+    """Each feature's variance relative to its mean over ranks and steps, and the noise of that from step to step."""
+    relative_WKF = var_WKF * inverse(var_WKF.mean((0, 1)))
+    noise_F = (np.diff(relative_WKF, axis=0) ** 2 / 2).mean((0, 1))
+    return relative_WKF, np.broadcast_to(noise_F, var_WKF.shape)
+
+
+def _complete(stream: Stream, begin: int, end: int) -> tuple[Ints, tuple[Floats, Floats, Floats]]:
+    """The full ranks, and their means, noises and variances (W, K, F) at the rows that all of them have."""
+    good_WK = stream.good_TK[begin:end]
+    full_K = full_ranks(good_WK)
+    ranks = np.flatnonzero(full_K)
+    parts = (stream.mean_TKF[begin:end], stream.noise.each_TKF[begin:end], stream.var_TKF[begin:end])
+    if not good_WK.all():
+        rows = np.flatnonzero(good_WK[:, full_K].all(1))
+        mean_WKF, noise_WKF, var_WKF = (part[rows][:, ranks] for part in parts)
+        return ranks, (mean_WKF, noise_WKF, var_WKF)
+    return ranks, parts
+
+
 def copies(stream: Stream, begin: int, end: int) -> tuple[Floats, Ints] | None:
     """Half the mean squared difference of each pair of ranks' means over its expectation for independent batches.
 
@@ -74,56 +97,56 @@ def copies(stream: Stream, begin: int, end: int) -> tuple[Floats, Ints] | None:
     Returns:
         The ratios (K, K) of the full ranks, with infinity on the diagonal, and those ranks.
     """
-    full_K = full_ranks(stream.good_TK[begin:end])
-    ranks = np.flatnonzero(full_K)
-    rows = np.flatnonzero(stream.good_TK[begin:end, full_K].all(1)) + begin
-    if len(ranks) < 2 or len(rows) < 0.9 * LOOK_ROWS:
+    ranks, (mean_WKF, noise_WKF, _) = _complete(stream, begin, end)
+    if len(ranks) < 2 or len(mean_WKF) < 0.9 * LOOK_ROWS:
         return None
-    noise_F = stream.noise.each_TKF[rows][:, ranks].mean((0, 1))
+    noise_F = np.einsum("tkf->f", noise_WKF) / (len(mean_WKF) * len(ranks))
     features = int((noise_F > 0).sum())
     if not features:
         return None
-    centred_TKF = stream.mean_TKF[rows][:, ranks]
-    centred_TKF = (centred_TKF - centred_TKF.mean(1, keepdims=True)) * np.sqrt(inverse(noise_F))
-    z_KX = centred_TKF.transpose(1, 0, 2).reshape(len(ranks), -1)
+    centred_WKF = (mean_WKF - mean_WKF.mean(1, keepdims=True)) * np.sqrt(inverse(noise_F))
+    z_KX = centred_WKF.transpose(1, 0, 2).reshape(len(ranks), -1)
     products_KK = z_KX @ z_KX.T
     square_K = np.diagonal(products_KK)
-    ratio_KK = (square_K[:, None] + square_K - 2 * products_KK) / (2 * len(rows) * features)
+    ratio_KK = (square_K[:, None] + square_K - 2 * products_KK) / (2 * len(mean_WKF) * features)
     np.fill_diagonal(ratio_KK, np.inf)
     return ratio_KK, ranks
 
 
-def skew(window: Window, stream: Stream) -> tuple[Outcome, float | None]:
+def skew(window: Window, stream: Stream, kept_of_one: bool) -> tuple[Outcome, float | None]:
     """NH-RANKSKEW: do ranks draw from different populations?
+
+    Args:
+        window: the run.
+        stream: its probe.
+        kept_of_one: whether the moving statistics that are kept are those of one rank: what it never saw is lost.
 
     Returns:
         The outcome, and R now, where it is known (NH-GAP uses it to tell skewed ranks from lag).
     """
-    found: list[tuple[int, int, RankEffect]] = []
-    now: float | None = None
-    for width in SKEW_ROWS:
-        rows = [row for row in look_rows(stream.steps_T, width // 2) if row + 1 >= 0.95 * width]
-        effects = [rank_effect(stream, max(0, row + 1 - width), row + 1) for row in rows]
-        fired = twice_in_a_row([e is not None and e.value >= SKEW_WARNING and e.z >= SKEW_Z for e in effects])
-        if effects and effects[-1] is not None:
-            now = effects[-1].value
-        if fired and (effect := effects[fired[-1]]) is not None:
-            found.append((rows[fired[0]], rows[fired[-1]], effect))
+    if stream.good_TK.shape[1] < 2:
+        return Outcome(), None
+    in_means, now = _effects(stream, False)
+    in_variances, _ = _effects(stream, True)
+    found = [*in_means, *in_variances]
     if not found:
         return Outcome(), now
     first, last = min(f[0] for f in found), max(f[1] for f in found)
-    effect = found[-1][2]
+    scale = not in_means
+    effect = (in_means or in_variances)[-1][2]
     half = 1.96 * effect.standard_error
+    moment = "variances" if scale else "means"
     finding = Finding(
         code="NH-RANKSKEW",
-        severity="critical" if effect.value >= SKEW_CRITICAL else "warning",
+        severity="critical" if effect.value >= SKEW_CRITICAL or kept_of_one else "warning",
         summary=(
-            f"Ranks see different populations: what is constant in a rank's batch means has {effect.value:.2g} times "
-            f"the variance of their sampling noise (95 % CI {effect.value - half:.2g} to {effect.value + half:.2g}); "
+            f"Ranks see different populations: what is constant in a rank's batch {moment} has {effect.value:.2g} "
+            f"times the variance of their sampling noise (95 % CI {effect.value - half:.2g} to "
+            f"{effect.value + half:.2g}); "
             f"rank {effect.extreme} is furthest from the others."
         ),
         evidence=Evidence(
-            statistic="R, covariance over ranks of successive blocks of batch means, over their noise (input probe)",
+            statistic=f"R, covariance over ranks of successive blocks of batch {moment}, over noise (input probe)",
             value=effect.value,
             low=effect.value - half,
             high=effect.value + half,
@@ -133,7 +156,7 @@ def skew(window: Window, stream: Stream) -> tuple[Outcome, float | None]:
             query=query(
                 window.run,
                 "series",
-                stat="mu_b",
+                stat="sigma_b" if scale else "mu_b",
                 layer=window.layers[0].index if window.layers else None,
                 rank=effect.extreme,
             ),
@@ -150,6 +173,21 @@ def skew(window: Window, stream: Stream) -> tuple[Outcome, float | None]:
     return Outcome((finding,)), now
 
 
+def _effects(stream: Stream, scale: bool) -> tuple[list[tuple[int, int, RankEffect]], float | None]:
+    """First and last row at which two windows in a row spoke, with the newest that did, by width; and R now."""
+    found: list[tuple[int, int, RankEffect]] = []
+    now: float | None = None
+    for width in SKEW_ROWS[:1] if scale else SKEW_ROWS:
+        rows = [row for row in look_rows(stream.steps_T, width // 2) if row + 1 >= 0.95 * width]
+        effects = [rank_effect(stream, max(0, row + 1 - width), row + 1, scale=scale) for row in rows]
+        fired = twice_in_a_row([e is not None and e.value >= SKEW_WARNING and e.z >= SKEW_Z for e in effects])
+        if effects and effects[-1] is not None:
+            now = effects[-1].value
+        if fired and (effect := effects[fired[-1]]) is not None:
+            found.append((rows[fired[0]], rows[fired[-1]], effect))
+    return found, now
+
+
 def _skew_code(window: Window, samples: int) -> str:
     if any(layer.kind == "BatchNorm" for layer in window.layers):
         return "model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)"
@@ -158,15 +196,21 @@ def _skew_code(window: Window, samples: int) -> str:
 
 def duplicates(window: Window, stream: Stream) -> Outcome:
     """NH-RANKDUP: do two ranks see the same batches?"""
+    if stream.good_TK.shape[1] < 2:
+        return Outcome()
     rows = look_rows(stream.steps_T)
     found = [copies(stream, max(0, row + 1 - LOOK_ROWS), row + 1) for row in rows]
-    fired = twice_in_a_row([f is not None and bool((f[0] < COPY_RATIO).any()) for f in found])
+    alike = [
+        COPY_RATIO if stream.distinct(max(0, row + 1 - LOOK_ROWS), row + 1) >= MIN_STEPS else EQUAL_RATIO
+        for row in rows
+    ]
+    fired = twice_in_a_row([f is not None and bool((f[0] < a).any()) for f, a in zip(found, alike, strict=True)])
     if not fired:
         return Outcome()
     newest = found[fired[-1]]
     assert newest is not None
     ratio_KK, ranks = newest
-    same = tuple(int(k) for k in ranks[(ratio_KK < COPY_RATIO).any(1)])
+    same = tuple(int(k) for k in ranks[(ratio_KK < alike[fired[-1]]).any(1)])
     lowest = float(ratio_KK.min())
     finding = Finding(
         code="NH-RANKDUP",

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
-from service.diagnosis import harm, layers, nonfinite, order, ranks, stream
+from service.diagnosis import cluster, drift, harm, health, layers, noise, nonfinite, order, ranks, stream
 from service.diagnosis.finding import SEVERITIES, Diagnosis, Finding, Remedy, Verdict
 from service.diagnosis.outcome import Abstention, Outcome, count
 from service.diagnosis.window import Window
 
-CAUSES = ("NH-NONFINITE", "NH-RANKDUP", "NH-PAIRED", "NH-CLUSTER", "NH-RANKSKEW", "NH-ORDER", "NH-CLIP")
+CAUSES = (
+    "NH-NONFINITE", "NH-RUNAWAY", "NH-RANKDUP", "NH-PAIRED", "NH-CLUSTER", "NH-RANKSKEW", "NH-ORDER", "NH-SCHED-FAST",
+    "NH-TAIL", "NH-SMALL", "NH-LAG", "NH-DEAD", "NH-BUFFERS", "NH-UNEVEN", "NH-MISSING", "NH-CLIP",
+)  # fmt: skip
 """Codes that name a cause, the one to put right first first."""
 CONSEQUENCE = "NH-GAP"
+NOTES = ("NH-SCHED-SLOW", "NH-POOLBIAS", "NH-COUPLED", "NH-STRATIFIED")
+"""Codes that never are more than an info."""
+WITHOUT_SHADOW = ("NH-NONFINITE", "NH-RUNAWAY", "NH-RANKDUP", "NH-DEAD", "NH-MISSING")
+"""Causes whose harm does not show in the shadow pass: they are as severe as they are."""
 JUDGES = ("NH-CLUSTER", "NH-GAP")
 """Rules without whose answer a run is not called healthy while it can still come."""
-CODES = (*CAUSES, CONSEQUENCE, "NH-WITHHELD", "NO_DATA", "WARMUP", "HEALTHY")
+CODES = (*CAUSES, CONSEQUENCE, *NOTES, "NH-WITHHELD", "NO_DATA", "WARMUP", "HEALTHY")
 """Every code `diagnose` can give."""
 
 
@@ -39,11 +47,11 @@ def diagnose(window: Window) -> Diagnosis:
 
     outcomes = _outcomes(window)
     found = sorted(
-        chain.from_iterable(outcome.findings for outcome in outcomes),
+        _by_consequence([finding for outcome in outcomes for finding in outcome.findings], outcomes),
         key=lambda finding: (-SEVERITIES.index(finding.severity), CODES.index(finding.code)),
     )
     abstained = tuple(chain.from_iterable(outcome.abstained for outcome in outcomes))
-    withheld = tuple(_withheld(window, abstention) for abstention in abstained)
+    withheld = tuple(_withheld(window, together) for together in _by_reason(abstained))
     if any(finding.severity in ("warning", "critical") for finding in found):
         findings = (*found, *withheld)
         return Diagnosis(run=window.run, step=window.last_step, verdict=_verdict(found, abstained), findings=findings)
@@ -56,17 +64,44 @@ def _outcomes(window: Window) -> tuple[Outcome, ...]:
     data = stream.stream(window.probe, window.world_size)
     shadow = harm.shadow(window)
     loss_gap = shadow.loss_gap if isinstance(shadow, harm.Shadow) and shadow.harmful else None
-    skewed, rank_effect = ranks.skew(window, data)
+    skewed, rank_effect = ranks.skew(window, data, kept_of_one=health.shared_by(window) in ("own", "rank 0"))
+    ordered = order.order(window, data)
     return (
         nonfinite.nonfinite(window, data),
-        stream.cluster(window, data, loss_gap),
+        cluster.cluster(window, data, loss_gap),
         order.paired(window, data),
-        order.order(window, data),
+        ordered,
         skewed,
         ranks.duplicates(window, data),
+        cluster.stratified(window, data),
         harm.gap(window, shadow, rank_effect),
+        noise.small(window),
+        noise.tail(window),
+        noise.pool_bias(window),
+        noise.coupled(window),
+        drift.lag(window, explained=bool(ordered.findings or skewed.findings)),
+        drift.runaway(window),
+        drift.opened_early(window),
+        drift.opened_late(window),
+        health.dead(window),
+        health.missing(window),
+        health.buffers(window, rank_effect),
+        health.uneven(window),
         layers.clip(window),
     )
+
+
+def _by_consequence(found: list[Finding], outcomes: tuple[Outcome, ...]) -> list[Finding]:
+    """A cause whose consequence was measured and is none stays a warning."""
+    measured = not any(a.code == CONSEQUENCE for outcome in outcomes for a in outcome.abstained)
+    if not measured or any(finding.code == CONSEQUENCE for finding in found):
+        return found
+    return [
+        finding.model_copy(update={"severity": "warning"})
+        if finding.severity == "critical" and finding.code not in WITHOUT_SHADOW
+        else finding
+        for finding in found
+    ]
 
 
 def _neutral(window: Window, outcomes: tuple[Outcome, ...], abstained: tuple[Abstention, ...]) -> Finding | None:
@@ -100,6 +135,18 @@ def _neutral(window: Window, outcomes: tuple[Outcome, ...], abstained: tuple[Abs
     )
 
 
+def _by_reason(abstained: tuple[Abstention, ...]) -> tuple[Abstention, ...]:
+    """Abstentions that differ in nothing but their code as one, `NH-SMALL, NH-TAIL and NH-LAG`."""
+    codes: dict[Abstention, list[str]] = {}
+    for abstention in abstained:
+        codes.setdefault(replace(abstention, code=""), []).append(abstention.code)
+    return tuple(replace(reason, code=_listed(list(dict.fromkeys(named)))) for reason, named in codes.items())
+
+
+def _listed(codes: list[str]) -> str:
+    return codes[0] if len(codes) == 1 else f"{', '.join(codes[:-1])} and {codes[-1]}"
+
+
 def _withheld(window: Window, abstention: Abstention) -> Finding:
     last = window.last_step or 0
     wait = ""
@@ -109,10 +156,12 @@ def _withheld(window: Window, abstention: Abstention) -> Finding:
             if window.status == "running"
             else f"; the run would have needed about {count(abstention.more_steps, 'more step')}"
         )
+    verb = "are" if " and " in abstention.code else "is"
+    extent = "limited" if abstention.partial else "withheld"
     return Finding(
         code="NH-WITHHELD",
         severity="info",
-        summary=f"{abstention.code} is {'limited' if abstention.partial else 'withheld'}: {abstention.reason}{wait}.",
+        summary=f"{abstention.code} {verb} {extent}: {abstention.reason}{wait}.",
         evidence=None,
         remedy=Remedy(text=abstention.advice) if abstention.advice else None,
         ranks=abstention.ranks,
@@ -132,7 +181,7 @@ def _verdict(found: list[Finding], abstained: tuple[Abstention, ...]) -> Verdict
     if consequence is not None:
         severity = max(severity, consequence.severity, key=SEVERITIES.index)
         text += f" - and it shows: {consequence.summary[0].lower()}{consequence.summary[1:].rstrip('.')}"
-    elif cause.code != "NH-NONFINITE":
+    elif cause.code not in WITHOUT_SHADOW:
         measured = not any(a.code == CONSEQUENCE for a in abstained)
         text += (
             " - inference does not lose by it so far"

@@ -1,4 +1,4 @@
-"""The rows a diagnosis looks at, as arrays. Built by `service.query.window`; rules never see the store."""
+"""The rows a diagnosis looks at, as arrays. Built by `service.windows.window`; rules never see the store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ Bools: TypeAlias = NDArray[np.bool_]
 
 LAYER_COLUMNS = (
     "samples", "gap", "residual", "d_squared", "log_r", "clip_r", "clip_d", "r_max", "d_max",
-    "mean_noise", "scale_noise", "mean_diff1", "mean_diff2", "scale_diff2", "adjacency_noise", "sigma", "dead_channels",
+    "mean_noise", "scale_noise", "mean_diff1", "mean_diff2", "scale_diff2", "adjacency_noise", "dead_channels",
+    "mu", "mu_b", "sigma", "r_q50",
 )  # fmt: skip
 """The statistics of the `layers` table that rules use."""
 
@@ -52,6 +53,15 @@ class ScalarRows:
 
 
 @dataclass(frozen=True, slots=True)
+class Opening:
+    """The rows and losses around the step at which the limits of Batch Renorm opened, thinned where they are many."""
+
+    step: int
+    rows: LayerRows
+    loss: ScalarRows
+
+
+@dataclass(frozen=True, slots=True)
 class NonFinite:
     """The first row with a non-finite channel: smallest step, then smallest layer, then smallest rank."""
 
@@ -63,7 +73,11 @@ class NonFinite:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Everything the rules may look at for one run."""
+    """Everything the rules may look at for one run.
+
+    `first_sigma_L` is each layer's mean sigma_B over the first recorded steps, NaN where it has no row there; `opening`
+    is None where no schedule opens limits or the run has not come so far.
+    """
 
     run: str
     status: RunStatus
@@ -78,3 +92,5 @@ class Window:
     rows: LayerRows
     scalars: dict[str, ScalarRows]
     nonfinite: NonFinite | None
+    first_sigma_L: Floats
+    opening: Opening | None

@@ -62,6 +62,34 @@ def test_skewed_ranks_are_named_by_their_degree(
             assert finding.severity == severity
 
 
+def test_a_rank_with_another_contrast_is_skewed_though_its_mean_is_not(
+    streams: Streams, make_window: MakeWindow
+) -> None:
+    for seed in range(4):
+        probe = streams.iid(seed, ranks=4, n=8)
+        loud_rank = replace(probe, var_TKF=probe.var_TKF * np.array([1.0, 1.0, 1.0, 2.5])[:, None])
+        finding = named(diagnose(make_window(probe=loud_rank)), "NH-RANKSKEW")
+        assert "batch variances" in finding.summary
+        assert "rank 3 is furthest" in finding.summary
+
+
+def test_ranks_that_differ_in_contrast_first_and_in_their_means_later_are_found_from_the_beginning(
+    streams: Streams, make_window: MakeWindow
+) -> None:
+    probe = streams.iid(0, ranks=4, n=8)
+    noise_F = np.sqrt(probe.var_TKF.mean((0, 1)) / 8)
+    moved = (np.arange(600) >= 300)[:, None, None] * np.array([0.0, 0.0, 0.0, 2.0])[:, None] * noise_F
+    loud_rank = replace(
+        probe,
+        var_TKF=probe.var_TKF * np.array([1.0, 1.0, 1.0, 2.5])[:, None],
+        mean_TKF=probe.mean_TKF + moved,
+    )
+    finding = named(diagnose(make_window(probe=loud_rank)), "NH-RANKSKEW")
+
+    assert "batch means" in finding.summary
+    assert finding.steps == (149, 599)
+
+
 def test_equal_ranks_are_named_one_by_one(streams: Streams, make_window: MakeWindow) -> None:
     for seed in range(4):
         finding = named(diagnose(make_window(probe=streams.equal_ranks(seed, steps=200))), "NH-RANKDUP")

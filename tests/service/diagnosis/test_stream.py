@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.diagnosis.cluster import fast_lane
 from service.diagnosis.finding import Diagnosis, Finding
 from service.diagnosis.rules import diagnose
-from service.diagnosis.stream import cluster_ratio, effective_samples, fast_lane, stream
+from service.diagnosis.stream import cluster_ratio, effective_samples, stream
 from service.diagnosis.window import ProbeRows, Window
 
 Streams = Any  # conftest.Streams
@@ -359,3 +360,48 @@ def test_a_diagnosis_of_2000_steps_and_two_ranks_is_cheap_enough_for_every_refre
         seconds.append(time.thread_time() - begin)
 
     assert min(seconds) < 0.25  # the budget is 0.05 on an idle core; test machines are shared and slow
+
+
+def repeating(probe: ProbeRows, batches: int) -> ProbeRows:
+    """The first `batches` batches in turn, again and again: an order that is never reshuffled."""
+    at = np.arange(len(probe.steps_T)) % batches
+    return replace(probe, mean_TKF=probe.mean_TKF[at], var_TKF=probe.var_TKF[at], adjacency_TKF=probe.adjacency_TKF[at])
+
+
+@pytest.mark.parametrize("batches", [1, 3, 10, 42, 84])
+def test_random_batches_that_come_again_in_the_same_order_are_no_new_evidence(
+    streams: Streams, make_window: MakeWindow, batches: int
+) -> None:
+    for seed in range(6):
+        for probe in (streams.iid(seed, n=4), streams.iid(seed, n=32), streams.iid(seed, n=8, ranks=3)):
+            assert loud(diagnose(make_window(probe=repeating(probe, batches)))) == []
+
+
+def test_clustered_batches_that_come_again_are_still_found(streams: Streams, make_window: MakeWindow) -> None:
+    for seed in range(4):
+        probe = repeating(streams.few_labels(seed, labels=2), 84)
+        assert loud(diagnose(make_window(probe=probe))) == ["NH-CLUSTER"]
+
+
+def test_too_few_different_batches_are_said_to_be_the_reason(streams: Streams, make_window: MakeWindow) -> None:
+    diagnosis = diagnose(make_window(probe=repeating(streams.iid(1), 1), status="finished"))
+
+    assert diagnosis.verdict.code == "NH-WITHHELD"
+    assert "only 1 different batch came in 600 recorded steps" in diagnosis.verdict.summary
+
+
+def test_rounding_of_a_constant_input_is_not_a_pair_of_equal_samples(streams: Streams, make_window: MakeWindow) -> None:
+    # Some features of a constant input are sums that nearly cancel: their rounding is large beside their own mean.
+    probe = streams.iid(3)
+    mean_F = np.where(np.arange(24) % 3 == 0, 1e-4, 0.8)
+    rounding = 1e-7 * np.random.default_rng(0).normal(size=probe.mean_TKF.shape)
+    flat = replace(
+        probe,
+        mean_TKF=mean_F + rounding,
+        var_TKF=np.full_like(probe.var_TKF, 1e-14),
+        adjacency_TKF=np.full_like(probe.var_TKF, 1e-18),
+    )
+    diagnosis = diagnose(make_window(probe=flat, status="finished"))
+
+    assert diagnosis.verdict.code == "NH-WITHHELD"
+    assert "constant" in diagnosis.verdict.summary

@@ -1,0 +1,179 @@
+"""The history of findings: what came when, what people made of it, and who is told."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import httpx
+import pytest
+from synthetic import clustered_tables, run_record
+
+from service import history
+from service.diagnoser import Diagnoser
+from service.diagnosis.finding import Diagnosis, Evidence, Finding, Severity, Verdict
+from service.history import EVENTS, History
+from service.recordings import Part, Recording, keep
+from service.store import Store
+from service.webhook import news_of
+
+BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def finding(code: str, severity: Severity = "warning", value: float = 2.0, first_step: int = 10) -> Finding:
+    evidence = Evidence(statistic="F", value=value, threshold=1.2, steps_used=50, query="/v1/runs/r/series")
+    return Finding(
+        code=code, severity=severity, summary="So it is.", evidence=evidence, remedy=None, steps=(first_step, 99)
+    )
+
+
+def diagnosis(step: int, *findings: Finding) -> Diagnosis:
+    verdict = Verdict(code="HEALTHY", severity="ok", summary="Said.")
+    return Diagnosis(run="r", step=step, verdict=verdict, findings=findings)
+
+
+def told(*diagnoses: Diagnosis, start: History | None = None) -> tuple[History, list[list[str]]]:
+    """The history after some diagnoses, a minute apart, and what was news each time."""
+    now, heard = start or {}, []
+    for minutes, each in enumerate(diagnoses):
+        after = history.advanced(now, each, BEGIN + timedelta(minutes=minutes))
+        heard.append(history.news(now, after))
+        now = after
+    return now, heard
+
+
+def events(found: History, code: str) -> list[tuple[str, int, str]]:
+    return [(event.what, event.step, event.severity) for event in found[code].events]
+
+
+def test_a_finding_appears_grows_eases_and_ends() -> None:
+    found, heard = told(
+        diagnosis(100),
+        diagnosis(150, finding("NH-CLUSTER")),
+        diagnosis(200, finding("NH-CLUSTER")),
+        diagnosis(250, finding("NH-CLUSTER", "critical", first_step=5)),
+        diagnosis(300, finding("NH-CLUSTER", "warning")),
+        diagnosis(350),
+        diagnosis(400, finding("NH-CLUSTER")),
+    )
+
+    assert events(found, "NH-CLUSTER") == [
+        ("appeared", 150, "warning"),
+        ("grew", 250, "critical"),
+        ("eased", 300, "warning"),
+        ("ended", 350, "warning"),
+        ("appeared", 400, "warning"),
+    ]
+    assert heard == [[], ["NH-CLUSTER"], [], [], [], [], ["NH-CLUSTER"]]
+    assert found["NH-CLUSTER"].first_step == 5
+    assert found["NH-CLUSTER"].present
+
+
+def test_a_statistic_twice_as_far_from_its_threshold_has_grown_and_a_little_more_is_no_event() -> None:
+    values = (2.0, 2.5, 3.0, 3.5, 20.0)  # ln(value / 1.2) doubles at 3.33 and at 10.2
+    found, heard = told(*(diagnosis(step, finding("NH-CLUSTER", value=v)) for step, v in enumerate(values)))
+
+    assert [(what, step) for what, step, _ in events(found, "NH-CLUSTER")] == [
+        ("appeared", 0),
+        ("grew", 3),
+        ("grew", 4),
+    ]
+    assert heard == [["NH-CLUSTER"], [], [], [], []]
+
+
+def test_an_info_is_no_news_until_it_warns_and_answers_that_say_nothing_have_no_history() -> None:
+    found, heard = told(
+        diagnosis(1, finding("NH-SMALL", "info"), finding("NH-WITHHELD", "info"), finding("HEALTHY", "ok")),
+        diagnosis(2, finding("NH-SMALL", "warning")),
+    )
+
+    assert list(found) == ["NH-SMALL"]
+    assert heard == [[], ["NH-SMALL"]]
+
+
+def test_what_is_muted_is_no_news_and_keeps_its_history() -> None:
+    muted = {"NH-LAG": history.FindingHistory(code="NH-LAG", present=False, mark="muted", note="known")}
+    found, heard = told(diagnosis(1, finding("NH-LAG")), start=muted)
+
+    assert heard == [[]]
+    assert events(found, "NH-LAG") == [("appeared", 1, "warning")]
+    assert (found["NH-LAG"].mark, found["NH-LAG"].note) == ("muted", "known")
+
+
+def test_a_finding_that_flickers_does_not_grow_its_history_without_end() -> None:
+    flickering = (diagnosis(step, *([finding("NH-LAG")] if step % 2 else [])) for step in range(3 * EVENTS))
+    found, _ = told(*flickering)
+
+    assert len(found["NH-LAG"].events) == EVENTS
+    assert found["NH-LAG"].events[-1].step == 3 * EVENTS - 1
+
+
+# -------- stored
+
+
+@pytest.fixture
+def clustered(store: Store, run_id: str) -> Iterator[str]:
+    """A run that warns, and of which the session's own diagnoser was not told."""
+    keep(store, Recording(run_record(run_id, name="clustered"), "running", [Part(0, 1, clustered_tables())]))
+    yield run_id
+    store.delete_runs([run_id])
+
+
+def test_new_warnings_are_told_once_each_and_are_in_the_history(
+    client: httpx.Client, store: Store, clustered: str
+) -> None:
+    heard: list[dict[str, object]] = []
+    spoken = threading.Event()
+
+    def tell(news: dict[str, object]) -> None:
+        heard.append(news)
+        spoken.set()
+
+    diagnoser = Diagnoser(store, 0.0, tell)
+    diagnoser.start()
+    diagnoser.touch(clustered)
+    assert spoken.wait(60)
+    diagnoser.stop()
+
+    assert [news["code"] for news in heard].count("NH-CLUSTER") == 1
+    news = next(news for news in heard if news["code"] == "NH-CLUSTER")
+    assert news["run"] == clustered
+    assert news["name"] == "clustered"
+    assert str(news["text"]).startswith(f"clustered ({clustered}), step 199: ")
+    answer = client.get(f"/v1/runs/{clustered}/findings/history").raise_for_status().json()
+    entry = next(entry for entry in answer["findings"] if entry["code"] == "NH-CLUSTER")
+    assert entry["present"]
+    assert entry["events"][0]["what"] == "appeared"
+
+
+def test_a_mark_with_its_note_is_kept_and_goes_with_its_run(client: httpx.Client, store: Store, clustered: str) -> None:
+    path = f"/v1/runs/{clustered}/findings/NH-GAP/mark"
+    answer = client.put(path, json={"mark": "acknowledged", "note": "being looked at"}).raise_for_status().json()
+    assert (answer["mark"], answer["note"], answer["present"]) == ("acknowledged", "being looked at", False)
+
+    history.note(store, diagnosis(1, finding("NH-GAP")).model_copy(update={"run": clustered}))
+    kept = history.of_run(store, clustered).findings
+    assert [(e.mark, e.note, e.present) for e in kept if e.code == "NH-GAP"] == [
+        ("acknowledged", "being looked at", True)
+    ]
+
+    client.delete(f"/v1/runs/{clustered}").raise_for_status()
+    assert store.history(clustered) is None
+    assert client.get(f"/v1/runs/{clustered}/findings/history").status_code == 404
+    assert client.put(path, json={"mark": "muted"}).status_code == 404
+
+
+def test_a_mark_of_no_finding_says_which_there_are(client: httpx.Client, clustered: str) -> None:
+    answer = client.put(f"/v1/runs/{clustered}/findings/NH-NONSENSE/mark", json={"mark": "muted"})
+
+    assert answer.status_code == 422
+    assert "NH-CLUSTER" in answer.json()["detail"]
+    assert client.put(f"/v1/runs/{clustered}/findings/NH-GAP/mark", json={"mark": "gone"}).status_code == 422
+
+
+def test_news_of_a_finding_say_what_to_do() -> None:
+    news = news_of(diagnosis(7, finding("NH-LAG")), "my run", "NH-LAG")
+
+    assert news["text"] == "my run (r), step 7: warning NH-LAG. So it is."
+    assert news["findings"] == "/v1/runs/r/findings"
