@@ -1,23 +1,15 @@
-"""Images with labels, and samplers that decide which of them meet in a batch.
-
-Batch statistics are made of what meets in a batch, so samplers are the experiment here: `IidBatchSampler` is the case
-normalization was made for, `FewLabelsBatchSampler` one it was not. A sampler is an endless iterator of index tensors,
-each rank its own; a batch is a pure function of (seed, rank, number of the batch), so a sampler's whole state is one
-count and training resumes exactly.
+"""Images with labels.
 
 Shapes: N samples of a split, B samples of a batch, C channels, H x W positions.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -83,6 +75,38 @@ def digits() -> Dataset:
 
 
 @dataclass(frozen=True, slots=True)
+class PairSplit:
+    """Two images of another split as the channels of one: a sample is a pair of indices into `images_NCHW`."""
+
+    images_NCHW: Tensor
+    pair_M2: Tensor
+    labels_N: Tensor
+
+    def batch(self, indices_B: Tensor) -> tuple[Tensor, Tensor]:
+        first_B, second_B = self.pair_M2[indices_B].unbind(1)
+        return torch.cat([self.images_NCHW[first_B], self.images_NCHW[second_B]], dim=1), self.labels_N[indices_B]
+
+
+def digit_pairs(*, train_samples: int = 20_000, test_samples: int = 2_000, seed: int = 0) -> Dataset:
+    """The numbers 00 ... 99: two of the `digits` as two channels of one 8x8 image, labelled by both; 100 classes.
+
+    Real images with as many labels as the paper's 16 x 2 batches need (ten are too few), made of nothing but digits.
+    Pairs are drawn at random, of training digits for the training split and of test digits for the test split; the
+    same for the same arguments.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    single = digits()
+
+    def split(of: Split, samples: int) -> PairSplit:
+        images_NCHW, labels_N = of.batch(torch.arange(len(of.labels_N)))
+        pair_M2 = torch.randint(len(labels_N), (samples, 2), generator=generator)
+        tens_M, ones_M = labels_N[pair_M2].unbind(1)
+        return PairSplit(images_NCHW, pair_M2, 10 * tens_M + ones_M)
+
+    return Dataset("digit-pairs", split(single.train, train_samples), split(single.test, test_samples), (2, 8, 8), 100)
+
+
+@dataclass(frozen=True, slots=True)
 class SyntheticSplit:
     """Images made when asked for: the smooth prototype of the label plus two of a few hundred noise images.
 
@@ -135,121 +159,3 @@ def synthetic(
         )
 
     return Dataset("synthetic", split(train_samples), split(test_samples), shape, classes)
-
-
-class BatchSampler(ABC):
-    """An endless iterator of index tensors (B,), one a step, for one rank.
-
-    Args:
-        batch_size: B, indices a batch.
-        rank: global rank that draws.
-        world_size: ranks that draw side by side.
-        seed: the same on every rank.
-
-    Raises:
-        ValueError: a batch size below 1, or a rank that is not in [0, world_size).
-    """
-
-    def __init__(self, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
-        self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
-        self._drawn = 0
-
-    @abstractmethod
-    def draw(self, number: int) -> NDArray[np.int64]:
-        """Indices of this rank's batch `number` (0, 1, ...), a pure function of seed, rank and number."""
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self
-
-    def __next__(self) -> Tensor:
-        indices_B = torch.from_numpy(self.draw(self._drawn))
-        self._drawn += 1
-        return indices_B
-
-    def state_dict(self) -> dict[str, int]:
-        return {"drawn": self._drawn}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._drawn = state["drawn"]
-
-
-class IidBatchSampler(BatchSampler):
-    """Random batches without replacement: in one epoch each index comes exactly once, on one of the ranks.
-
-    The epochs' permutations stand one after the other in one stream; step by step the ranks take the next
-    `world_size * batch_size` indices of it, alternating. Nothing is dropped or padded: the batch at the end of an
-    epoch is filled from the next one.
-
-    Args:
-        samples: N, size of the split.
-    """
-
-    def __init__(self, samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
-        super().__init__(batch_size, rank=rank, world_size=world_size, seed=seed)
-        if samples < 1:
-            raise ValueError(f"samples must be >= 1, got {samples}")
-        self.samples = samples
-        self._epoch, self._permutation_N = -1, np.empty(0, np.int64)
-
-    def draw(self, number: int) -> NDArray[np.int64]:
-        step_size = self.world_size * self.batch_size
-        position_B = number * step_size + self.rank + self.world_size * np.arange(self.batch_size)
-        epoch_B, within_B = np.divmod(position_B, self.samples)
-        indices_B = np.empty(self.batch_size, np.int64)
-        for epoch in range(epoch_B[0], epoch_B[-1] + 1):
-            indices_B[epoch_B == epoch] = self._permutation(epoch)[within_B[epoch_B == epoch]]
-        return indices_B
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._permutation_N = np.random.default_rng((self.seed, epoch)).permutation(self.samples)
-        return self._permutation_N
-
-
-class FewLabelsBatchSampler(BatchSampler):
-    """Every batch holds exactly `labels_per_batch` random labels in equal parts (a remainder goes to the first).
-
-    Samples stand in random order. Each rank draws for itself. No index comes twice in a batch, unless a label has too
-    few samples.
-
-    Args:
-        labels_N: label of each sample of the split.
-
-    Raises:
-        ValueError: `labels_per_batch` is not in [1, number of labels], or above the batch size.
-    """
-
-    def __init__(
-        self,
-        labels_N: Tensor,
-        batch_size: int,
-        labels_per_batch: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(batch_size, rank=rank, world_size=world_size, seed=seed)
-        labels = labels_N.numpy()
-        self._members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-        if not 1 <= labels_per_batch <= min(len(self._members), batch_size):
-            raise ValueError(
-                f"labels_per_batch must be in [1, {min(len(self._members), batch_size)}] "
-                f"({len(self._members)} labels, batches of {batch_size}), got {labels_per_batch}"
-            )
-        self.labels_per_batch = labels_per_batch
-
-    def draw(self, number: int) -> NDArray[np.int64]:
-        rng = np.random.default_rng((self.seed, self.rank, number))
-        chosen = rng.choice(len(self._members), self.labels_per_batch, replace=False)
-        parts = []
-        for place, label in enumerate(chosen):
-            members = self._members[label]
-            count = self.batch_size // self.labels_per_batch + (place < self.batch_size % self.labels_per_batch)
-            parts.append(rng.choice(members, count, replace=count > len(members)))
-        return rng.permutation(np.concatenate(parts))

@@ -25,14 +25,15 @@ class Progress:
     Getting the figures may wait for the device, so they are asked for at most four times a second.
     """
 
-    def __init__(self, console: Console | None, steps: int) -> None:
-        self._console, self._steps = console, steps
-        self._started = self._shown_at = time.monotonic()
+    def __init__(self, console: Console | None, steps: int, first_step: int = 0) -> None:
+        self._console, self._steps, self._first_step = console, steps, first_step
+        self._shown_at = time.monotonic()
+        self._begun: tuple[int, float] | None = None  # steps done and the time, after the first step
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
 
     def __enter__(self) -> Progress:
-        self._started = self._shown_at = time.monotonic()
+        self._shown_at = time.monotonic()
         if self._console is not None and self._console.is_terminal:
             self._bar = RichProgress(
                 BarColumn(bar_width=None),
@@ -44,7 +45,7 @@ class Progress:
                 expand=True,
                 refresh_per_second=1 / _REFRESH_SECONDS,
             )
-            self._task = self._bar.add_task("training", total=self._steps, figures="")
+            self._task = self._bar.add_task("training", total=self._steps, completed=self._first_step, figures="")
             self._bar.start()
         return self
 
@@ -59,24 +60,39 @@ class Progress:
         if self._console is None:
             return
         now = time.monotonic()
+        if self._begun is None:  # the first step takes longer, much longer where it compiles
+            self._begun = done, now
         if self._bar is not None and self._task is not None:
             if now - self._shown_at >= _REFRESH_SECONDS or done == self._steps:
                 self._shown_at = now
                 self._bar.update(self._task, completed=done, figures=figures_text(figures()))
         elif done * _PLAIN_LINES // self._steps > (done - 1) * _PLAIN_LINES // self._steps:
-            rate = done / max(now - self._started, 1e-9)
-            left = round((self._steps - done) / rate)
-            self._console.print(
-                f"step {done:>{len(str(self._steps))}}/{self._steps}  {figures_text(figures())}  {rate:.0f} it/s  "
-                f"{left} s left",
-                highlight=False,
-                soft_wrap=True,
-            )
+            parts = [f"step {done:>{len(str(self._steps))}}/{self._steps}", figures_text(figures())]
+            if done > self._begun[0]:
+                rate = (done - self._begun[0]) / max(now - self._begun[1], 1e-9)
+                parts += [rate_text(rate), f"{time_text((self._steps - done) / rate)} left"]
+            self._console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
 
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.0f} it/s" if task.speed else "")
+        return Text(rate_text(task.speed) if task.speed else "")
+
+
+def rate_text(steps_per_second: float) -> str:
+    """`120 it/s`, `3.4 it/s`, `2.5 s/it`."""
+    if 0 < steps_per_second < 1:
+        return f"{1 / steps_per_second:.1f} s/it"
+    return f"{steps_per_second:.{0 if steps_per_second >= 10 else 1}f} it/s"
+
+
+def time_text(seconds: float) -> str:
+    """`4.2 s`, `3:07`, `1:02:03`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, whole_seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{whole_seconds:02}" if hours else f"{minutes}:{whole_seconds:02}"
 
 
 def figures_text(figures: Mapping[str, float]) -> str:

@@ -4,8 +4,8 @@
 be a rank, whoever started it.
 
     what happens                    what the user sees
-    a rank fails                    its traceback, one line that names it; the others are ended
-    a rank is killed                one line that names it and the signal; the others are ended
+    a rank fails                    its traceback, one line that names it, here and in the run; the others are ended
+    a rank is killed                one line that names it and the signal, likewise; the others are ended
     Ctrl-C, SIGTERM, SIGHUP         every rank closes its recording and ends; a second Ctrl-C does not wait
     this process is killed          every rank notices at its next step and ends (`Rank.launcher_alive`)
 """
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -33,6 +33,7 @@ EXIT_INTERRUPTED: Final = 130
 _RENDEZVOUS = "_BRN_RENDEZVOUS"
 _LAUNCHER = "_BRN_LAUNCHER"
 _FOLDER = "_BRN_FOLDER"
+_RUN = "run"
 _GRACE_SECONDS = 10.0
 """How long ranks may take to close their recording before they are killed."""
 _NOTICE_SECONDS = 3.0
@@ -84,6 +85,11 @@ class Rank:
         """Whether the process that launched this rank is still there (always true where `launch` did not)."""
         return self.launcher is None or os.getppid() == self.launcher
 
+    def announce(self, run_id: str) -> None:
+        """Tells the launcher which run this is, once it has an id."""
+        if self.folder is not None and self.is_first:
+            (Path(self.folder) / _RUN).write_text(run_id)
+
     def report_failure(self, text: str) -> None:
         """Says why this rank failed: to the launcher, which prints one rank's text only; else on stderr."""
         if self.folder is None:
@@ -92,8 +98,17 @@ class Rank:
             (Path(self.folder) / f"failure-{self.rank}").write_text(text)
 
 
-def launch(command: Sequence[str], ranks: int) -> int:
-    """Runs a command in `ranks` processes on this host, each told its rank; returns the exit code of the whole."""
+def launch(command: Sequence[str], ranks: int, on_failure: Callable[[str, str], object] = lambda run, why: None) -> int:
+    """Runs a command in `ranks` processes on this host, each told its rank.
+
+    Args:
+        command: what is run.
+        ranks: how many times.
+        on_failure: called with the run's id and why it failed, if it had an id by then.
+
+    Returns:
+        The exit code of the whole.
+    """
     with tempfile.TemporaryDirectory(prefix="brn-ranks-") as folder, _Signals() as signals:
         processes = [
             # A session of its own: the terminal's Ctrl-C reaches this process only, which passes it on once.
@@ -107,7 +122,13 @@ def launch(command: Sequence[str], ranks: int) -> int:
         codes, culprit = _wait(processes, signals)
         if signals.received:
             return EXIT_INTERRUPTED
-        return _judge(codes, culprit, Path(folder))
+        if not any(codes):
+            return 0
+        why = _why(codes, culprit, Path(folder))
+        announced = Path(folder) / _RUN
+        if announced.exists():
+            on_failure(announced.read_text(), why)
+        return EXIT_USAGE if culprit is not None and codes[culprit] == EXIT_USAGE else EXIT_FAILED
 
 
 def _environment(rank: int, ranks: int, folder: str) -> dict[str, str]:
@@ -179,20 +200,19 @@ def _send(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) 
             process.send_signal(number)
 
 
-def _judge(codes: Sequence[int], culprit: int | None, folder: Path) -> int:
-    """Exit code of the run; prints why it failed, once."""
-    if not any(codes):
-        return 0
+def _why(codes: Sequence[int], culprit: int | None, folder: Path) -> str:
+    """Why the run failed, in a line; prints it, below what the rank that failed first has said itself."""
     if culprit is None:
-        print("brn-train: the ranks lost each other and none of them says why", file=sys.stderr)
-        return EXIT_FAILED
-    reason = folder / f"failure-{culprit}"
-    if reason.exists():
-        print(reason.read_text().rstrip(), file=sys.stderr)
-    code = codes[culprit]
-    if code == EXIT_USAGE:
-        return EXIT_USAGE
-    how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
-    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-    print(f"brn-train: rank {culprit} of {len(codes)} ended with {how}{hint}; the run has ended", file=sys.stderr)
-    return EXIT_FAILED
+        why, said = "the ranks lost each other and none of them says why", ""
+    else:
+        reason = folder / f"failure-{culprit}"
+        said = reason.read_text().rstrip() if reason.exists() else ""
+        code = codes[culprit]
+        how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        why = f"rank {culprit} of {len(codes)} ended with {how}{hint}"
+    if said:
+        print(said, file=sys.stderr)
+    if culprit is None or codes[culprit] != EXIT_USAGE:
+        print(f"brn-train: {why}; the run has ended", file=sys.stderr)
+    return f"{why}: {said.splitlines()[-1]}" if said else why

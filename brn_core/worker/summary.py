@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from brn_core.worker.findings import FindingsUnavailableError, fetch_diagnosis, print_diagnosis, run_url
+from brn_core.worker.progress import rate_text, time_text
 from brn_core.worker.settings import Settings
 from brn_core.worker.train import TRAIN_ACCURACY_STEPS, Outcome
 
@@ -13,11 +14,18 @@ from brn_core.worker.train import TRAIN_ACCURACY_STEPS, Outcome
 def print_summary(console: Console, settings: Settings, outcome: Outcome) -> None:
     """Accuracy, rate and findings; without a service, where the rows are and how to send them."""
     last = min(TRAIN_ACCURACY_STEPS, outcome.steps)
-    rate = outcome.steps / max(outcome.seconds, 1e-9)
+    steps = outcome.steps - outcome.first_step
+    done = f"{steps} steps" if not outcome.first_step else f"{steps} of {outcome.steps} steps"
+    rate = rate_text(steps / max(outcome.seconds, 1e-9))
+    weights = "" if settings.weight_ema is None else f", weights averaged with decay {settings.weight_ema:g}"
     rows = [
-        ("run", f"{settings.name}: {outcome.steps} steps in {outcome.seconds:.1f} s ({rate:.0f} steps/s)"),
+        ("run", f"{settings.name}: {done} in {time_text(outcome.seconds)} ({rate})"),
         ("training", f"accuracy {outcome.train_accuracy:.1%} (last {last} batches, batch statistics)"),
-        ("test", f"accuracy {outcome.evaluation.accuracy:.1%} (moving statistics), loss {outcome.evaluation.loss:.3f}"),
+        (
+            "test",
+            f"accuracy {outcome.evaluation.accuracy:.1%} (moving statistics{weights}), "
+            f"loss {outcome.evaluation.loss:.3f}",
+        ),
     ]
     if outcome.dropped_steps:
         rows.append(("lost", f"{outcome.dropped_steps} recorded steps could not be kept"))

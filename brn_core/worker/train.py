@@ -5,6 +5,7 @@ Shapes: B samples of a batch, C channels, H x W positions, K classes.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -12,25 +13,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from pathlib import Path
+from typing import Final, TypedDict
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from brn_core.distributed import average_
 from brn_core.recorder import Recorder
 from brn_core.schedule import RenormSchedule
-from brn_core.statistics import average_statistics
-from brn_core.worker.data import BatchSampler, Dataset, FewLabelsBatchSampler, IidBatchSampler, Split, digits, synthetic
+from brn_core.worker.checkpoint import Checkpoints
+from brn_core.worker.data import Dataset, Split, digit_pairs, digits, synthetic
+from brn_core.worker.faults import fault_of
 from brn_core.worker.findings import run_url
-from brn_core.worker.models import SmallConvNet, norm_factory
+from brn_core.worker.images import DatasetNotFoundError, cifar10, cifar100, image_folder
+from brn_core.worker.learner import Learner, keep_time_constant
+from brn_core.worker.models import make_model, norm_factory
 from brn_core.worker.progress import Progress
+from brn_core.worker.provenance import provenance
 from brn_core.worker.ranks import Rank
+from brn_core.worker.replica import choose_device, process_group, share_cores, wait_for_all
+from brn_core.worker.samplers import (
+    BatchSampler,
+    DirichletBatchSampler,
+    DuplicatesBatchSampler,
+    FewLabelsBatchSampler,
+    IidBatchSampler,
+    LabelGroupsBatchSampler,
+    RankSkewedBatchSampler,
+    SortedBatchSampler,
+)
 from brn_core.worker.settings import Settings, UsageError
+
+logger = logging.getLogger("brn_core")
 
 TRAIN_ACCURACY_STEPS: Final = 50
 """The training accuracy that is reported is the mean over so many last batches."""
@@ -51,9 +68,10 @@ class Outcome:
     """What a run came to, on this rank.
 
     Attributes:
-        model: the trained network, the same on every rank.
+        model: the trained network, with averaged weights if they were asked for; the same on every rank.
         run_id: the run's id in the service; None where nothing was recorded.
-        steps: optimizer steps done.
+        first_step: where this process began: 0, or the step of the checkpoint that it went on from.
+        steps: optimizer steps done, those before the checkpoint included.
         train_loss: of the last batch.
         train_accuracy: mean over the last TRAIN_ACCURACY_STEPS batches, as trained (statistics of the batch).
         evaluation: of the test split, with moving statistics.
@@ -64,6 +82,7 @@ class Outcome:
 
     model: nn.Module
     run_id: str | None
+    first_step: int
     steps: int
     train_loss: float
     train_accuracy: float
@@ -73,103 +92,69 @@ class Outcome:
     dropped_steps: int
 
 
+class _Where(TypedDict):
+    rank: int
+    world_size: int
+    seed: int
+
+
 class LauncherLostError(Exception):
     """The process that started the ranks is gone; so this one ends as well."""
 
 
-def choose_device(settings: Settings, rank: Rank, console: Console | None) -> torch.device:
-    """The device of this rank: CUDA device `local_rank`, or the CPU.
+def load_dataset(settings: Settings) -> Dataset:
+    """The data set of a run.
 
     Raises:
-        UsageError: CUDA was asked for where there is none, or fewer devices than ranks.
+        UsageError: its files are not there.
     """
-    if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
-        if settings.device == "auto" and console is not None:
-            console.print("no CUDA device found: training on the CPU")
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device; --device cpu trains without one")
-    if rank.local_world_size > torch.cuda.device_count():
-        raise UsageError(
-            f"{rank.local_world_size} ranks on this host need as many CUDA devices, torch finds "
-            f"{torch.cuda.device_count()}; use fewer ranks, or --device cpu"
-        )
-    return torch.device("cuda", rank.local_rank)
-
-
-@contextmanager
-def process_group(rank: Rank, device: torch.device) -> Iterator[None]:
-    """torch.distributed for the time of a `with`: NCCL for CUDA tensors, gloo for those on the CPU."""
-    if rank.world_size == 1:
-        yield
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        init_method=rank.rendezvous,
-        rank=rank.rank,
-        world_size=rank.world_size,
-    )
+    folder = Path(settings.data).expanduser()
     try:
-        yield
-    finally:
-        dist.destroy_process_group()
+        match settings.dataset:
+            case "digits":
+                return digits()
+            case "digit-pairs":
+                return digit_pairs()
+            case "synthetic":
+                return synthetic((settings.image_channels, settings.image_size, settings.image_size))
+            case "cifar10":
+                return cifar10(folder)
+            case "cifar100":
+                return cifar100(folder)
+            case "imagefolder":
+                return image_folder(folder, settings.image_size)
+    except DatasetNotFoundError as error:
+        raise UsageError(f"--dataset {settings.dataset}: {error}") from None
 
 
-def load_dataset(settings: Settings) -> Dataset:
-    if settings.dataset == "digits":
-        return digits()
-    return synthetic((settings.image_channels, settings.image_size, settings.image_size))
-
-
-def make_sampler(settings: Settings, split: Split, rank: Rank) -> BatchSampler:
+def make_sampler(settings: Settings, split: Split, classes: int, rank: Rank) -> BatchSampler:
     """The training batches of this rank.
 
     Raises:
-        UsageError: more labels a batch than the split has.
+        UsageError: a sampler that this split or these ranks do not allow.
     """
-    if settings.sampler == "iid":
-        return IidBatchSampler(
-            len(split.labels_N), settings.batch_size, rank=rank.rank, world_size=rank.world_size, seed=settings.seed
-        )
+    labels_N, size = split.labels_N, settings.batch_size
+    where: _Where = {"rank": rank.rank, "world_size": rank.world_size, "seed": settings.seed}
     try:
-        return FewLabelsBatchSampler(
-            split.labels_N,
-            settings.batch_size,
-            settings.labels_per_batch,
-            rank=rank.rank,
-            world_size=rank.world_size,
-            seed=settings.seed,
-        )
+        match settings.sampler:
+            case "iid":
+                return IidBatchSampler(len(labels_N), size, **where)
+            case "few-labels":
+                return FewLabelsBatchSampler(labels_N, size, settings.labels_per_batch, **where)
+            case "label-groups":
+                return LabelGroupsBatchSampler(labels_N, size, settings.group_size, **where)
+            case "stratified":
+                return FewLabelsBatchSampler(labels_N, size, min(classes, size), **where)
+            case "sorted":
+                return SortedBatchSampler(labels_N, size, settings.shuffle_buffer, **where)
+            case "dirichlet":
+                return DirichletBatchSampler(labels_N, size, settings.concentration, **where)
+            case "rank-skewed":
+                return RankSkewedBatchSampler(labels_N, size, settings.own_share, **where)
+            case "duplicates":
+                return DuplicatesBatchSampler(len(labels_N), size, settings.copies, **where)
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-def data_parallel(model: nn.Module, rank: Rank, device: torch.device) -> nn.Module:
-    """The model as one of `world_size` replicas that average their gradients.
-
-    DDP's default is switched off that copies rank 0's buffers over everyone's before each forward: of what the other
-    ranks saw nothing would be left in the moving statistics. Under batch norm evaluation then knows rank 0's data only;
-    under Batch Renorm, which uses them in every training forward, r and d would do so as well. Instead
-    `share_moving_statistics` averages them over the ranks after each step, as the paper's workers shared theirs: all
-    replicas stay the same to the last buffer.
-    """
-    if rank.world_size == 1:
-        return model
-    network = DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )
-    network.broadcast_buffers = False  # not as an argument: torch 2.13 warns of that one, torch 2.9 knows no other
-    return network
-
-
-def share_moving_statistics(model: nn.Module, rank: Rank) -> None:
-    """Gives every rank the mean over ranks of the moving statistics; one small all-reduce for all layers."""
-    if rank.world_size > 1:
-        average_statistics(model)
-        batch_norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-        average_([module.get_buffer(name) for module in batch_norms for name in ("running_mean", "running_var")])
 
 
 @torch.no_grad()
@@ -190,9 +175,11 @@ def evaluate(model: nn.Module, split: Split, device: torch.device, rank: Rank) -
     return Evaluation(loss / samples, correct / samples)
 
 
-def cosine_lr(step: int, steps: int, lr: float) -> float:
-    """Learning rate of a step (0 ... steps - 1): `lr` at first, towards zero at the end."""
-    return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+def cosine_lr(step: int, steps: int, lr: float, warmup_steps: int = 0) -> float:
+    """Learning rate of a step (0 ... steps - 1): linear up to `lr`, then along a cosine towards zero."""
+    if step < warmup_steps:
+        return lr * (step + 1) / (warmup_steps + 1)
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
 
 
 def planned_limits(settings: Settings) -> RenormSchedule:
@@ -216,23 +203,6 @@ def planned_limits(settings: Settings) -> RenormSchedule:
         raise UsageError(str(error)) from None
 
 
-def share_cores(rank: Rank) -> None:
-    """Gives each rank of this host its part of the cores: more threads than cores only wait for each other."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // rank.local_world_size))
-
-
-def train_step(
-    network: nn.Module, optimizer: torch.optim.Optimizer, images_BCHW: Tensor, labels_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One optimizer step; loss and accuracy of the batch as trained, detached, on the device."""
-    logits_BK = network(images_BCHW)
-    loss = F.cross_entropy(logits_BK, labels_B)
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return loss.detach(), (logits_BK.detach().argmax(1) == labels_B).float().mean()
-
-
 def train(settings: Settings, rank: Rank, console: Console | None = None) -> Outcome:
     """Trains one rank's replica to the end and records it.
 
@@ -252,49 +222,98 @@ def train(settings: Settings, rank: Rank, console: Console | None = None) -> Out
         share_cores(rank)
     torch.manual_seed(settings.seed)
     dataset = load_dataset(settings)
-    batches = make_sampler(settings, dataset.train, rank)
+    fault = fault_of(settings.fault)
+    batches = make_sampler(settings, dataset.train, dataset.classes, Rank() if fault.common_batches else rank)
     limits = planned_limits(settings) if settings.norm == "brn" else None
-    model = SmallConvNet(dataset.shape[0], dataset.classes, norm_factory(settings.norm, settings.norm_momentum))
-    model.to(device)
+    norm = norm_factory(
+        settings.norm,
+        settings.norm_momentum,
+        virtual_batch_size=settings.virtual_batch_size,
+        sync=settings.norm_sync,
+        world_size=rank.world_size,
+    )
+    model = make_model(settings.model, dataset.shape, dataset.classes, norm)
+    fault.spoil(model)
+    # The loop is a function of its own so that nothing of the replica outlives the process group: torch may hang then.
     with process_group(rank, device):
-        network = data_parallel(model, rank, device)
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
-        recent_accuracy: deque[Tensor] = deque(maxlen=TRAIN_ACCURACY_STEPS)
-        with _recording(settings, model, limits) as recorder, Progress(console, settings.steps) as progress:
-            if recorder is not None and console is not None:
-                console.print(f"watch it at {run_url(settings.url, recorder.run_id)}", soft_wrap=True)
-            started = time.monotonic()
-            for step in range(settings.steps):
-                if not rank.launcher_alive():
-                    raise LauncherLostError("the process that started this rank is gone")
-                lr = cosine_lr(step, settings.steps, settings.lr)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                if limits is not None:
-                    limits.apply(model, step)
-                images_BCHW, labels_B = dataset.train.batch(next(batches))
-                images_BCHW, labels_B = images_BCHW.to(device), labels_B.to(device)
-                loss, accuracy = train_step(network, optimizer, images_BCHW, labels_B)
-                share_moving_statistics(model, rank)
-                recent_accuracy.append(accuracy)
-                scalars: dict[str, float | Tensor] = {"accuracy": accuracy, "lr": lr}
-                is_last = step + 1 == settings.steps
-                if is_last or (settings.eval_every and (step + 1) % settings.eval_every == 0):
-                    evaluation = evaluate(model, dataset.test, device, rank)
-                    scalars |= {"eval_loss": evaluation.loss, "eval_accuracy": evaluation.accuracy}
-                if recorder is not None:
-                    recorder.step(loss, shadow_loss=partial(F.cross_entropy, target=labels_B), **scalars)
-                progress.update(step + 1, partial(_figures, loss, accuracy, recorder))
-            seconds = time.monotonic() - started
-        wait_for_all(rank)
+        return _train(settings, rank, device, dataset, batches, limits, model, console)
+
+
+def _train(
+    settings: Settings,
+    rank: Rank,
+    device: torch.device,
+    dataset: Dataset,
+    batches: BatchSampler,
+    limits: RenormSchedule | None,
+    model: nn.Module,
+    console: Console | None,
+) -> Outcome:
+    """The steps of a training, from the first or from the checkpoint to the last."""
+    fault = fault_of(settings.fault)
+    checkpoints = None if settings.checkpoint is None else Checkpoints(settings, rank)
+    first_step = 0 if checkpoints is None else checkpoints.step
+    learner = Learner(settings, model, rank, device)
+    recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=TRAIN_ACCURACY_STEPS)  # loss, accuracy
+    if checkpoints is not None and (saved := checkpoints.loaded) is not None:
+        learner.load_state_dict(saved)
+        batches.load_state_dict(checkpoints.own["sampler"])
+        recent.extend(checkpoints.own["recent"])
+    evaluation: Evaluation | None = None
+    with (
+        _recording(settings, learner.network, limits, checkpoints, device) as recorder,
+        Progress(console, settings.steps, first_step) as progress,
+    ):
+        if recorder is not None:
+            rank.announce(recorder.run_id)
+        if recorder is not None and console is not None:
+            console.print(f"watch it at {run_url(settings.url, recorder.run_id)}", soft_wrap=True)
+        if settings.accumulate > 1:  # only now: what is recorded is the time constant in optimizer steps
+            keep_time_constant(model, settings.accumulate)
+
+        def save(step: int) -> None:
+            assert checkpoints is not None
+            if recorder is not None and not recorder.flush():
+                logger.warning("checkpoint at step %d: some rows before it are still on their way", step)
+            own = {"sampler": batches.state_dict(), "recent": [tuple(map(Tensor.cpu, pair)) for pair in recent]}
+            checkpoints.save(step, None if recorder is None else recorder.run_id, learner.state_dict(), own)
+
+        if checkpoints is not None and checkpoints.loaded is None:
+            save(0)  # from here on the run has an id that survives
+        if checkpoints is not None:
+            checkpoints.restore_random_state()
+        started = time.monotonic()
+        for step in range(first_step, settings.steps):
+            if not rank.launcher_alive():
+                raise LauncherLostError("the process that started this rank is gone")
+            lr = cosine_lr(step, settings.steps, settings.lr, settings.warmup_steps)
+            if limits is not None:
+                limits.apply(model, step)
+            microbatches = [fault.batch(dataset.train, next(batches), step) for _ in range(settings.accumulate)]
+            loss, accuracy = learner.step(microbatches, lr)
+            recent.append((loss, accuracy))
+            scalars: dict[str, float | Tensor] = {"accuracy": accuracy, "lr": lr}
+            is_last = step + 1 == settings.steps
+            if is_last or (settings.eval_every and (step + 1) % settings.eval_every == 0):
+                evaluation = evaluate(learner.evaluated, dataset.test, device, rank)
+                scalars |= {"eval_loss": evaluation.loss, "eval_accuracy": evaluation.accuracy}
+            if recorder is not None and fault.is_recorded(rank.rank, step):
+                labels_B = microbatches[-1][1].to(device)  # the recorder sees the last forward of a step
+                recorder.step(loss, shadow_loss=partial(F.cross_entropy, target=labels_B), **scalars)
+            progress.update(step + 1, partial(_figures, loss, accuracy, recorder))
+            if checkpoints is not None and (is_last or (step + 1) % settings.checkpoint_every == 0):
+                save(step + 1)
+        seconds = time.monotonic() - started
+        if evaluation is None:  # resumed at its end
+            evaluation = evaluate(learner.evaluated, dataset.test, device, rank)
+    wait_for_all(rank)
     return Outcome(
-        model=model,
+        model=learner.evaluated,
         run_id=None if recorder is None else recorder.run_id,
+        first_step=first_step,
         steps=settings.steps,
-        train_loss=loss.item(),
-        train_accuracy=torch.stack(list(recent_accuracy)).mean().item(),
+        train_loss=recent[-1][0].item(),
+        train_accuracy=torch.stack([accuracy for _, accuracy in recent]).mean().item(),
         evaluation=evaluation,
         seconds=seconds,
         last_recorded_step=None
@@ -305,23 +324,32 @@ def train(settings: Settings, rank: Rank, console: Console | None = None) -> Out
 
 
 @contextmanager
-def _recording(settings: Settings, model: nn.Module, limits: RenormSchedule | None) -> Iterator[Recorder | None]:
+def _recording(
+    settings: Settings,
+    network: nn.Module,
+    limits: RenormSchedule | None,
+    checkpoints: Checkpoints | None,
+    device: torch.device,
+) -> Iterator[Recorder | None]:
     if settings.record_every == 0:
         yield None
         return
     with Recorder(
-        model,
+        network,
         url=settings.url,
         run_name=settings.name,
-        run_id=settings.run_id,
+        run_id=(checkpoints and checkpoints.run_id) or settings.run_id,
         token=settings.token,
-        config=settings.recorded(),
+        config=settings.recorded() | provenance(device),
+        tags=[tag.strip() for tag in settings.tags.split(",") if tag.strip()],
         batch_size=settings.batch_size,
         planned_steps=settings.steps,
         schedule=limits,
         every=settings.record_every,
         shadow_every=settings.shadow_every,
         spool=settings.spool,
+        start_step=0 if checkpoints is None else checkpoints.step,
+        journal=None if checkpoints is None else checkpoints.journal,
     ) as recorder:
         yield recorder
 
@@ -335,16 +363,3 @@ def _figures(loss: Tensor, accuracy: Tensor, recorder: Recorder | None) -> dict[
         if latest.get("d_max"):  # under batch norm's limits every channel counts as clipped
             figures["clip"] = max(latest["clip_r"], latest["clip_d"])
     return figures
-
-
-def is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone, as gloo and NCCL say it."""
-    return (
-        isinstance(error, dist.DistError) or "Connection closed by peer" in str(error) or "reset by peer" in str(error)
-    )
-
-
-def wait_for_all(rank: Rank) -> None:
-    """Returns when every rank has come here: all have sent their rows."""
-    if rank.world_size > 1:
-        dist.all_reduce(torch.zeros(1))

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from brn_core.worker.__main__ import main
 from brn_core.worker.findings import Diagnosis, Finding, Remedy, Verdict, print_diagnosis
-from brn_core.worker.models import SmallConvNet, norm_factory
-from brn_core.worker.progress import Progress, figures_text
+from brn_core.worker.models import make_model, norm_factory
+from brn_core.worker.progress import Progress, figures_text, rate_text, time_text
 from brn_core.worker.ranks import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Rank
 from brn_core.worker.settings import Settings, UsageError, parse_settings
 from brn_core.worker.train import Outcome, cosine_lr, planned_limits, train
@@ -71,7 +71,14 @@ def test_every_setting_says_what_it_is() -> None:
         (["--batchsize", "8"], "unrecognized arguments: --batchsize 8; did you mean --batch-size?"),
         (["--lr", "-1"], "--lr (BRN_LR): input should be greater than 0, got '-1'"),
         (["--lr", "nan"], "--lr (BRN_LR): input should be a finite number, got 'nan'"),
-        (["--norm", "gn"], "--norm (BRN_NORM): input should be 'bn' or 'brn', got 'gn'"),
+        (
+            ["--norm", "ln"],
+            "--norm (BRN_NORM): input should be 'bn', 'brn', 'syncbn', 'gn', 'frozen' or 'ema', got 'ln'",
+        ),
+        (["--norm", "gn", "--virtual-batch-size", "4"], "virtual_batch_size is for bn and brn, got norm gn"),
+        (["--virtual-batch-size", "4", "--norm-sync", "moments"], "norm_sync moments joins batches: choose one"),
+        (["--sampler", "rank-skewed"], "ranks can only differ in their labels where there are 2 to 10"),
+        (["--sampler", "duplicates", "--copies", "5"], "copies must be >= 1 and divide the batch size 32, got 5"),
         (["--run-id", "a/b"], "--run-id (BRN_RUN_ID): must match"),
         (["--url", "localhost:8321"], "url must begin with http:// or https:// and a host, got 'localhost:8321'"),
         (["--sampler", "few-labels", "--batch-size", "1"], "labels_per_batch must be <= batch_size, got 2 labels in 1"),
@@ -124,13 +131,47 @@ def test_secrets_are_not_stored_with_the_run() -> None:
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", ["bn", "brn"])
-def test_thirty_steps_learn(norm: str) -> None:
-    outcome = train_alone("--steps", "30", "--norm", norm, "--eval-every", "0", "--bn-steps", "10")
+@pytest.mark.parametrize(
+    "norm",
+    [
+        ("bn",),
+        ("brn",),
+        ("syncbn",),
+        ("bn", "--virtual-batch-size", "8"),
+        ("brn", "--virtual-batch-size", "8"),
+    ],
+)
+def test_thirty_steps_learn(norm: tuple[str, ...]) -> None:
+    outcome = train_alone("--steps", "30", "--eval-every", "0", "--bn-steps", "10", "--lr", "0.1", "--norm", *norm)
     # before training: loss ln 10 = 2.3, one image in ten right
     assert outcome.train_loss < 2.0
     assert outcome.train_accuracy > 0.25
     assert outcome.evaluation.accuracy > 0.3
+
+
+def test_group_normalization_learns_too_if_more_slowly() -> None:
+    outcome = train_alone("--steps", "120", "--eval-every", "0", "--lr", "0.2", "--norm", "gn")
+    assert outcome.evaluation.accuracy > 0.4
+
+
+def test_frozen_statistics_stay_and_moving_averages_move_without_a_gradient() -> None:
+    x_NCHW = torch.randn(8, 16, 4, 4) * 3 + 1
+    frozen, ema = (norm_factory(kind, 0.1)(16) for kind in ("frozen", "ema"))
+    torch.testing.assert_close(frozen(x_NCHW), x_NCHW)
+    torch.testing.assert_close(ema(x_NCHW), x_NCHW, rtol=1e-4, atol=1e-4)  # mu, sigma from before this batch: 0, 1
+    assert frozen.running_mean.abs().max() == 0
+    torch.testing.assert_close(ema.running_mean, 0.1 * x_NCHW.mean((0, 2, 3)))
+    x_NCHW.requires_grad_()
+    ema(x_NCHW).sum().backward()  # batch normalization's gradient of a sum is zero: its statistics know of x
+    assert x_NCHW.grad is not None
+    assert (x_NCHW.grad > 0.3).all()
+
+
+def test_a_microbatch_is_what_is_normalized_together() -> None:
+    x_NCHW = torch.randn(32, 16, 4, 4)
+    ghost = norm_factory("bn", 0.1, virtual_batch_size=4)(16)
+    for part, whole in zip(ghost(x_NCHW).split(4), x_NCHW.split(4), strict=True):
+        torch.testing.assert_close(part, F.batch_norm(whole, None, None, training=True), rtol=1e-4, atol=1e-4)
 
 
 def test_a_seed_trains_the_same_network_and_evaluating_it_changes_nothing() -> None:
@@ -198,7 +239,7 @@ def test_the_learning_rate_falls_from_the_set_value_towards_zero() -> None:
 
 @pytest.mark.parametrize("size", [2, 7, 32])
 def test_the_network_takes_images_of_any_size(size: int) -> None:
-    model = SmallConvNet(3, 5, norm_factory("brn", 0.1))
+    model = make_model("small", (3, 8, 8), 5, norm_factory("brn", 0.1))
     logits_NK = model(torch.randn(4, 3, size, size))
     assert logits_NK.shape == (4, 5)
     F.cross_entropy(logits_NK, torch.zeros(4, dtype=torch.int64)).backward()
@@ -214,32 +255,43 @@ from brn_core.worker.ranks import Rank
 from brn_core.worker.settings import parse_settings
 from brn_core.worker.train import train
 
-rank, rendezvous, out = int(sys.argv[1]), *sys.argv[2:]
-flags = ["--steps", "6", "--bn-steps", "2", "--record-every", "0", "--eval-every", "0", "--device", "cpu"]
-outcome = train(parse_settings([*flags, "--sampler", "few-labels"]), Rank(rank, 2, rank, 2, rendezvous), None)
-torch.save(outcome.model.state_dict(), out)
-print(outcome.evaluation.accuracy)
+rank, folder = int(sys.argv[1]), sys.argv[2]
+common = ["--steps", "6", "--bn-steps", "2", "--record-every", "0", "--eval-every", "0", "--device", "cpu"]
+for run, flags in enumerate(sys.argv[3:]):
+    settings = parse_settings([*common, *flags.split()])
+    outcome = train(settings, Rank(rank, 2, rank, 2, f"file://{folder}/rendezvous-{run}"), None)
+    torch.save(outcome.model.state_dict(), f"{folder}/{run}-{rank}.pt")
+    print(outcome.evaluation.accuracy)
 """
 
 
 def test_two_ranks_end_with_the_same_network_to_the_last_buffer(tmp_path: Path) -> None:
-    rendezvous = (tmp_path / "rendezvous").as_uri()
+    runs = [
+        "--sampler few-labels",
+        "--sampler rank-skewed --norm bn",
+        "--sampler rank-skewed --norm syncbn",
+        "--sampler rank-skewed --norm brn --norm-sync moments",
+        "--sampler rank-skewed --norm brn --virtual-batch-size 4",
+        "--sampler rank-skewed --norm ema --lr 0.01",
+    ]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", RANK_SCRIPT, str(rank), rendezvous, str(tmp_path / f"{rank}.pt")],
+            [sys.executable, "-W", "error", "-c", RANK_SCRIPT, str(rank), str(tmp_path), *runs],
             env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
             stdout=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    accuracies = [process.communicate(timeout=120)[0] for process in processes]
+    accuracies = [process.communicate(timeout=150)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert accuracies[0] == accuracies[1], "the test split is shared out and its totals are summed"
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert any(name.endswith("running_mean") for name in first)
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    for run, flags in enumerate(runs):
+        first, second = (torch.load(tmp_path / f"{run}-{rank}.pt") for rank in range(2))
+        assert any(name.endswith("running_mean") for name in first)
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), f"{name} of {flags}"
+    first = torch.load(tmp_path / "0-0.pt")
     alone = train_alone("--steps", "6", "--bn-steps", "2", "--sampler", "few-labels").model.state_dict()
     assert not torch.equal(first["norm1.running_mean"], alone["norm1.running_mean"]), "rank 1 saw other batches"
 
@@ -269,6 +321,7 @@ def test_a_rank_that_dies_ends_the_run_with_one_line_that_names_it(tmp_path: Pat
         assert "Traceback" not in output
         assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
         assert service.statuses == {"r": "failed"}
+        assert service.failures == {"r": "rank 1 of 2 ended with SIGKILL (out of memory?)"}
 
 
 def children(pid: int) -> list[int]:
@@ -363,6 +416,30 @@ def test_figures_are_asked_for_only_when_they_are_shown() -> None:
     lines = console.export_text().splitlines()
     assert len(lines) == len(asked) == 10
     assert lines[-1].startswith("step 1000/1000  loss 0.500  clip 25%")
+
+
+def test_rate_and_time_left_are_those_of_the_steps_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    console = Console(width=100, record=True)
+    with Progress(console, 100, 50) as progress:  # resumed at 50
+        for done in range(51, 101):
+            clock[0] += 600 if done == 51 else 2  # the first one compiles
+            progress.update(done, lambda: {"loss": 1.0})
+    lines = console.export_text().splitlines()
+    assert [line[:12] for line in lines] == [f"step {done:>3}/100" for done in (60, 70, 80, 90, 100)]
+    assert lines[0] == "step  60/100  loss 1.000  2.0 s/it  1:20 left"
+
+
+def test_rates_and_times_have_a_unit_that_fits() -> None:
+    assert [rate_text(rate) for rate in (123.4, 12.3, 3.21, 0.4, 0.0)] == [
+        "123 it/s",
+        "12 it/s",
+        "3.2 it/s",
+        "2.5 s/it",
+        "0.0 it/s",
+    ]
+    assert [time_text(seconds) for seconds in (4.21, 187, 3723)] == ["4.2 s", "3:07", "1:02:03"]
 
 
 def test_unknown_figures_are_left_out() -> None:

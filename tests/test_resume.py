@@ -1,0 +1,167 @@
+"""kill -9 in the middle of a training, --resume, and nobody can tell: the same losses to the last bit, the same run,
+every row stored once. Real processes, a real service."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import httpx
+import pyarrow as pa
+import pytest
+
+pytestmark = pytest.mark.timeout(600)
+
+STEPS = 30
+LAYERS = 3
+
+TRAINING = ["--device", "cpu", "--steps", str(STEPS), "--checkpoint-every", "10", "--eval-every", "15"]
+# everything that has a state: limits that move, a learning rate that rises and falls, averaged weights, several
+# forwards a step, the shadow pass, samplers
+TRAINING += ["--bn-steps", "5", "--r-steps", "20", "--d-steps", "12", "--warmup-steps", "4", "--weight-ema", "0.9"]
+TRAINING += ["--accumulate", "2", "--shadow-every", "4", "--sampler", "few-labels", "--batch-size", "8"]
+
+# Trainings one after the other, each rank a process. They are forked from one that has imported everything, which takes
+# longer than to train. After `flush` steps all that is recorded is sent; after `kill` steps a rank kills itself.
+SCRIPT = """
+import json, os, signal, sys, traceback
+import httpcore, sklearn.datasets, torch, torch._dynamo, torch.profiler  # what is imported late otherwise, by each
+from brn_core.recorder import Recorder
+from brn_core.worker.ranks import Rank
+from brn_core.worker.settings import parse_settings
+from brn_core.worker.train import train
+
+torch.set_num_threads(1)
+step, at = Recorder.step, {}
+
+def counted(self, *args, **scalars):
+    step(self, *args, **scalars)
+    if self._step == at["flush"]:
+        assert self.flush(timeout_seconds=60)
+    if self._step == at["kill"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Recorder.step = counted
+folder, trainings = sys.argv[1], json.loads(sys.argv[2])
+codes = []
+for number, (ranks, flush, kill, flags) in enumerate(trainings):
+    at = {"flush": flush, "kill": kill}
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            try:
+                train(parse_settings(flags), Rank(rank, ranks, rank, ranks, f"file://{folder}/meet-{number}"), None)
+            except Exception:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    codes.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+print(json.dumps(codes))
+"""
+
+
+@pytest.fixture(scope="module")
+def codes(client: httpx.Client, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """Exit codes by training and rank: one and two ranks, once without and once with interruptions."""
+    folder = tmp_path_factory.mktemp("resume")
+    flags = [*TRAINING, "--url", str(client.base_url), "--spool", str(folder / "spool")]
+
+    def training(ranks: int, flush: int = -1, kill: int = -1) -> list[Any]:
+        resumed = ["--run-name", f"resumed-{ranks}", "--checkpoint", str(folder / f"checkpoint-{ranks}"), "--resume"]
+        return [ranks, flush, kill, flags + resumed]
+
+    trainings = [
+        [1, -1, -1, [*flags, "--run-id", "straight-1"]],
+        training(1, kill=4),  # before the first checkpoint but that of the start; nothing is sent yet
+        training(1, flush=14, kill=17),  # four steps beyond a checkpoint are sent, three are lost with the process
+        training(1),
+        training(1),  # there is nothing left to train
+        [2, -1, -1, [*flags, "--run-id", "straight-2"]],
+        training(2, flush=14, kill=17),
+        training(2),
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("BRN_")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SCRIPT, str(folder), json.dumps(trainings)],
+        env=environment | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout))
+
+
+def the_run(client: httpx.Client, name: str) -> dict[str, Any]:
+    """The only run of a name."""
+    (found,) = client.get("/v1/runs", params={"search": name}).raise_for_status().json()["runs"]
+    return dict(found)
+
+
+def rows(client: httpx.Client, run: str, table: str, *key: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The rows of a stored table, exactly, by their key."""
+    answer = client.get(f"/v1/runs/{run}/export", params={"table": table, "format": "arrow"}).raise_for_status()
+    found = pa.ipc.open_stream(answer.content).read_all().to_pylist()
+    by_key = {tuple(row[part] for part in key): row for row in found}
+    assert len(by_key) == len(found), "a row is stored twice"
+    return by_key
+
+
+def test_the_killed_trainings_were_killed_and_the_others_ended(codes: list[list[int]]) -> None:
+    killed = -signal.SIGKILL
+    assert codes[:5] == [[0], [killed], [killed], [0], [0]]
+    assert killed in codes[6], "the first to come to the step takes the other's connection with it"
+    assert [codes[5], codes[7]] == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resumed_training_has_the_losses_of_the_uninterrupted_one_to_the_last_bit(
+    client: httpx.Client, codes: list[list[int]], ranks: int
+) -> None:
+    resumed, straight = (
+        {
+            key: row["value"].hex()
+            for key, row in rows(client, run, "scalars", "rank", "step", "name").items()
+            if key[2] != "brn/step_time_seconds"
+        }
+        for run in (the_run(client, f"resumed-{ranks}")["id"], f"straight-{ranks}")
+    )
+    assert {key for key in resumed if key[2] == "loss"} == {
+        (rank, step, "loss") for rank in range(ranks) for step in range(STEPS)
+    }
+    assert {key[1] for key in resumed if key[2] == "eval_loss"} == {14, 29}
+    assert resumed == straight
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resumed_training_is_the_same_run_with_every_row_stored_once(
+    client: httpx.Client, codes: list[list[int]], ranks: int
+) -> None:
+    run = the_run(client, f"resumed-{ranks}")
+    assert (run["status"], run["last_step"], run["rows"]) == ("finished", STEPS - 1, ranks * STEPS * LAYERS)
+    resumed = rows(client, run["id"], "layers", "rank", "step", "layer")
+    straight = rows(client, f"straight-{ranks}", "layers", "rank", "step", "layer")
+    assert resumed.keys() == straight.keys()
+    for key, row in resumed.items():
+        expected = straight[key]
+        assert {name for name in row if row[name] is None} == {name for name in row if expected[name] is None}, key
+        known = {name: value for name, value in row.items() if value is not None}
+        # steps are reduced in groups, and sums of another group may differ in their last bit
+        assert known == pytest.approx({name: expected[name] for name in known}, rel=1e-5, abs=1e-12, nan_ok=True), key
+
+
+def test_why_a_run_failed_is_told_until_it_goes_on(client: httpx.Client, run_id: str) -> None:
+    record = {"id": run_id, "name": "a run", "world_size": 2}
+    client.post("/v1/runs", json=record).raise_for_status()
+    client.patch(f"/v1/runs/{run_id}", json={"status": "failed", "failure": "rank 1 of 2 ended with SIGKILL"})
+    failed = client.get(f"/v1/runs/{run_id}").json()
+    assert (failed["state"], failed["failure"]) == ("failed", "rank 1 of 2 ended with SIGKILL")
+    client.post("/v1/runs", json=record).raise_for_status()
+    assert client.get(f"/v1/runs/{run_id}").json()["failure"] == ""
