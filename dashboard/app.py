@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
@@ -12,9 +13,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ExceptionHandler
 
-from dashboard import pages
+from dashboard import figure_routes, login, pages
+from dashboard.glance import Glances
+from dashboard.templating import STATIC, message, static_version
 from service import app as service_app
 from service.errors import ServiceError, Unauthorized
+from service.memo import Memo
 from service.settings import Settings
 
 
@@ -26,13 +30,24 @@ def create_app(settings: Settings) -> FastAPI:
     """
     app = service_app.create_app(settings)
     app.state.known_layers = pages.known_layers()
-    app.include_router(pages.public)
-    app.include_router(pages.router)
-    app.mount("/static", StaticFiles(directory=pages.HERE / "static"))
+    app.state.glances = Glances()
+    app.state.recorded = Memo(4)  # what the schedule advisor reads of a run
+    for part in (login, pages, figure_routes):
+        app.include_router(part.router)
+    app.mount(f"/static/{static_version()}", _Forever(directory=STATIC))
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)  # leaves event streams alone
     for kind in (ServiceError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _as_page(app.exception_handlers[kind]))
     return app
+
+
+class _Forever(StaticFiles):
+    """Files whose address changes with their content: browsers keep them and never ask again."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        answer = super().file_response(*args, **kwargs)
+        answer.headers.update(login.FOREVER)
+        return answer
 
 
 def _as_page(answer: ExceptionHandler) -> ExceptionHandler:
@@ -46,13 +61,13 @@ def _as_page(answer: ExceptionHandler) -> ExceptionHandler:
             here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
             return RedirectResponse(f"/login?to={quote(here)}", status_code=303)
         if isinstance(error, ServiceError):
-            return pages.message(request, error.status, error.title, error.detail)
+            return message(request, error.status, error.title, error.detail)
         if isinstance(error, HTTPException) and error.status_code == 404:
-            return pages.message(request, 404, "Not found", f"There is no page at {request.url.path}.")
+            return message(request, 404, "Not found", f"There is no page at {request.url.path}.")
         if isinstance(error, HTTPException | RequestValidationError):
             status = error.status_code if isinstance(error, HTTPException) else 422
-            return pages.message(request, status, "That did not work", "The address asks for something unknown.")
+            return message(request, status, "That did not work", "The address asks for something unknown.")
         await answer(request, error)  # type: ignore[arg-type, misc]  # it logs the error
-        return pages.message(request, 500, "The service failed on this page", "Its log says why. Try again later.")
+        return message(request, 500, "The service failed on this page", "Its log says why. Try again later.")
 
     return handler

@@ -1,9 +1,10 @@
-"""Takes the screenshots of docs/screenshots from a running `brn-serve`: every page, light and dark, wide and narrow.
+"""Takes the screenshots of docs/screenshots from a running `brn-serve`: every page, light and dark.
 
     brn-serve &                 # or `make demo`
     python docs/screenshots.py http://127.0.0.1:8321 RUN [RUN ...]
 
-Needs the `dev` extra and a Chromium. The runs are what is on the pages: take them from a real training.
+The pages of the first run, and a comparison of all: take them from real trainings. Needs the `dev` extra and a
+Chromium; with Pillow installed pictures have 256 colours and a third of the size.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from playwright.sync_api import Browser, Error, sync_playwright
 
 FOLDER = Path(__file__).parent / "screenshots"
 SIZES = {"wide": (1440, 900), "narrow": (400, 800)}
+VIEWS = {"run": "", "layer": "/layers/1", "ranks": "/ranks", "advisor": "/advisor"}
 THEMES = ("light", "dark")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
@@ -24,7 +28,11 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="where the dashboard is, for example http://127.0.0.1:8321")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="ids of runs whose pages are taken")
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", help="ids of runs: the first one's pages are taken, all are compared"
+    )
+    parser.add_argument("--narrow", action="store_true", help="narrow windows too")
+    parser.add_argument("--only", metavar="TEXT", default="", help="only pictures with this in their name")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the PNG files go (default: %(default)s)")
     arguments = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -32,14 +40,18 @@ def main() -> int:
         print("no chromium on the PATH: install it (Debian: apt-get install chromium)", file=sys.stderr)
         return 1
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    pages = {"runs": "/"} | {f"run-{run}": f"/runs/{run}" for run in arguments.runs}
+    sizes = list(SIZES) if arguments.narrow else ["wide"]
+    pages = pages_of(arguments.runs)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         try:
             for name, path in pages.items():
                 for theme in THEMES:
-                    for size in SIZES:
-                        file = arguments.folder / f"{name}-{theme}-{size}.png"
+                    for size in sizes:
+                        parts = [name, *["dark"] * (theme == "dark"), *["narrow"] * (size == "narrow")]
+                        file = arguments.folder / f"{'-'.join(parts)}.png"
+                        if arguments.only not in file.name:
+                            continue
                         take(browser, arguments.url.rstrip("/") + path, theme, size, file)
                         print(file)
         except Error as error:
@@ -48,6 +60,16 @@ def main() -> int:
         finally:
             browser.close()
     return 0
+
+
+def pages_of(runs: Sequence[str]) -> dict[str, str]:
+    """Path of each page by the name of its picture."""
+    found = {"runs": "/"}
+    if runs:
+        found |= {view: f"/runs/{runs[0]}{path}" for view, path in VIEWS.items()}
+    if len(runs) > 1:
+        found["compare"] = f"/compare?runs={','.join(runs)}"
+    return found
 
 
 def take(browser: Browser, address: str, theme: str, size: str, file: Path) -> None:
@@ -60,10 +82,21 @@ def take(browser: Browser, address: str, theme: str, size: str, file: Path) -> N
     answer = page.goto(address)
     if answer is None or not answer.ok:
         raise Error(f"{address} answered {answer.status if answer else 'nothing'}")
-    for panel in page.locator(".panel").all():
-        panel.and_(page.locator("[data-state=ready]")).wait_for(timeout=30_000)
+    for panel in page.locator(".panel[data-figure]:not([hidden])").all():
+        panel.scroll_into_view_if_needed()  # figures are drawn when they come into sight
+        panel.and_(page.locator("[data-state=ready]")).wait_for(timeout=60_000)
+    if page.locator("#runs-body").count():
+        page.locator("#runs-body tr:not(:has(.spark))").first.wait_for(state="detached", timeout=60_000)
+    page.wait_for_timeout(1500)  # a window that has just opened may be sized once more: then figures are drawn again
+    page.evaluate("scrollTo(0, 0)")
     page.screenshot(path=file, full_page=True)
     context.close()
+    with suppress(ImportError):
+        from PIL import Image
+
+        Image.open(file).convert("RGB").quantize(
+            256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE
+        ).save(file, optimize=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from typing import Any, Final, TypeAlias
@@ -12,7 +13,8 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from dashboard.figures.palette import Palette
+from dashboard.figures.palette import Palette, translucent
+from service.schemas import Buckets
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -29,6 +31,98 @@ def assemble(traces: Sequence[Part], layout: Part, palette: Palette) -> go.Figur
     `uirevision` never changes, so that an update keeps zoom and selection; an axis to start afresh has its own.
     """
     return go.Figure(data=list(traces), layout={"template": _template(palette), "uirevision": "keep", **layout})
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The steps a page looks at.
+
+    Attributes:
+        first, last: ends of the x axes; None: all there are.
+        marked: first and last step to shade.
+    """
+
+    first: int | None = None
+    last: int | None = None
+    marked: tuple[int, int] | None = None
+
+
+def in_view(figure: go.Figure, steps: Steps, palette: Palette) -> go.Figure:
+    """A figure over steps with its x axes at the steps a page looks at, and the marked ones shaded.
+
+    Another range is another `uirevision`, so that it takes the place of a zoom by hand; the same one leaves that alone.
+    """
+    axes = [(name, axis) for name, axis in figure.layout.to_plotly_json().items() if name.startswith("xaxis")]
+    shapes: list[Part] = []
+    for name, axis in axes:
+        if axis.get("visible") is False:
+            continue
+        if steps.first is not None and steps.last is not None:
+            figure.layout[name].range = [steps.first, steps.last]
+        figure.layout[name].uirevision = f"{steps.first}-{steps.last}"
+        if steps.marked is not None:
+            shapes.append(
+                {
+                    "type": "rect",
+                    "layer": "below",
+                    "xref": name.replace("axis", ""),
+                    "x0": steps.marked[0],
+                    "x1": steps.marked[1],
+                    "yref": f"{axis.get('anchor', 'y')} domain",
+                    "y0": 0,
+                    "y1": 1,
+                    "fillcolor": translucent(palette.alarm, 0.09),
+                    "line": {"width": 1, "color": translucent(palette.alarm, 0.5)},
+                    "name": "where it was seen",
+                }
+            )
+    for text in figure.layout.annotations:
+        if steps.first is not None and text.xref == "x" and text.x is not None and text.x < steps.first:
+            text.x = steps.first  # the name of a phase that began before
+    if shapes:
+        figure.layout.shapes = (*figure.layout.shapes, *shapes)
+    return figure
+
+
+def rolling(values: Floats, points: int) -> Floats:
+    """Mean over the newest `points` of the finite values up to each; NaN where the value itself is none."""
+    if points <= 1 or not len(values):
+        return values
+    there = np.isfinite(values)
+    total = np.cumsum(np.where(there, values, 0.0))
+    count = np.cumsum(there)
+    total[points:], count[points:] = total[points:] - total[:-points], count[points:] - count[:-points]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(there, total / count, np.nan)
+
+
+def stacked(heights: Sequence[int], between: int = 44) -> list[tuple[float, float]]:
+    """Domains, in shares of the whole, of rows of these heights in pixels, from the top."""
+    inner = sum(heights) + between * (len(heights) - 1)
+    tops = [sum(heights[:i]) + between * i for i in range(len(heights))]
+    return [(max(0.0, 1 - (top + own) / inner), 1 - top / inner) for top, own in zip(tops, heights, strict=True)]
+
+
+def title(text: str, axis: int, palette: Palette) -> Part:
+    """A heading above a panel, at its left."""
+    number = "" if axis == 1 else str(axis)
+    return {
+        "text": text,
+        "x": 0,
+        "xref": f"x{number} domain",
+        "xanchor": "left",
+        "y": 1,
+        "yref": f"y{number} domain",
+        "yanchor": "bottom",
+        "yshift": 6,
+        "showarrow": False,
+        "font": {"size": 12, "color": palette.text},
+    }
+
+
+def key(label: str, color: str) -> str:
+    """An entry of a legend that stands in a heading. The label is ours, or escaped."""
+    return f'<span style="color:{color}">━ {label}</span>'
 
 
 def without_data(text: str, palette: Palette, *, height: int) -> go.Figure:
@@ -113,6 +207,19 @@ def band(steps: Ints, low: Floats, high: Floats) -> Part:
     if not xs:
         return {"x": [], "y": []}
     return {"x": np.concatenate(xs), "y": short(np.concatenate(ys))}
+
+
+def line_and_band(
+    steps: Ints, buckets: Buckets, color: str, axes: Part, *, name: str, hover: str, factor: float = 1.0
+) -> list[Part]:
+    """A line of means over buckets, and a band of their extremes where there is one."""
+    mean, low, high = (factor * finite(values) for values in (buckets.mean, buckets.min, buckets.max))
+    parts: list[Part] = []
+    if np.nanmax(high - low, initial=0) > 0:
+        fill = {"fill": "toself", "mode": "none", "fillcolor": translucent(color, 0.15), "hoverinfo": "skip"}
+        parts.append(axes | band(steps, low, high) | fill | {"name": f"{name}, extremes", "showlegend": False})
+    line = {"x": steps, "y": short(mean), "mode": line_mode(steps), "line": {"color": color, "width": 1.7}}
+    return [*parts, axes | line | {"name": name, "hovertemplate": hover, "showlegend": False}]
 
 
 def line_mode(steps: Ints) -> str:

@@ -17,7 +17,18 @@ from brn_core.wire import (
     SCALAR_SHADOW_TRAIN_LOSS,
     SCALAR_STEP_TIME,
 )
-from dashboard.figures.frame import Part, assemble, band, finite, line_mode, nonfinite, plain, short, without_data
+from dashboard.figures.frame import (
+    Part,
+    assemble,
+    band,
+    finite,
+    line_mode,
+    nonfinite,
+    plain,
+    rolling,
+    short,
+    without_data,
+)
 from dashboard.figures.palette import PALETTES, Palette, translucent
 from service.schemas import Scalars, ScalarSeries
 
@@ -64,11 +75,19 @@ def panels(names: Sequence[str]) -> list[Panel]:
     return found
 
 
-def scalar_panels(answer: Scalars, *, columns: int = 2, palette: Palette = PALETTES["light"]) -> go.Figure:
+def scalar_panels(
+    answer: Scalars, *, columns: int = 2, smooth: int = 1, palette: Palette = PALETTES["light"]
+) -> go.Figure:
     """Does the training itself go well: loss, accuracy and whatever else was reported?
 
     One panel a scalar; the shadow losses (one batch, once as trained and once in inference mode) share a panel, since
     their distance is the answer. A line is the mean over ranks and a bucket's steps, its band the bucket's extremes.
+
+    Args:
+        answer: the scalars.
+        columns: panels beside each other.
+        smooth: points that a line is averaged over; the points themselves stay, faint. 1: none.
+        palette: colours.
     """
     wanted = panels(sorted(name for name, curve in answer.series.items() if curve.steps))
     if not wanted:
@@ -119,11 +138,11 @@ def scalar_panels(answer: Scalars, *, columns: int = 2, palette: Palette = PALET
         )
         for (name, label), color in zip(panel.curves, palette.series, strict=False):
             curve, axes = answer.series[name], {"type": "scatter", "xaxis": f"x{number}", "yaxis": f"y{number}"}
-            traces += [axes | part for part in _curve(curve, label, panel, color, palette)]
+            traces += [axes | part for part in _curve(curve, label, panel, color, palette, smooth)]
             if (bad := _first_nonfinite(curve)) is not None:
                 what = panel.title if len(panel.curves) == 1 else f"{panel.title} ({label})"
                 broken.append(f"{what}: NaN or infinite from step {curve.steps[bad]:,} on.")
-    layout["meta"] = {"caption": " ".join([*broken, *_buckets(answer)])}
+    layout["meta"] = {"caption": " ".join([*broken, *_buckets(answer, smooth)])}
     return assemble(traces, layout, palette)
 
 
@@ -137,17 +156,20 @@ def _title(panel: Panel, palette: Palette) -> str:
     return f"{plain(panel.title, 48)}: {' '.join(keys)}"
 
 
-def _curve(curve: ScalarSeries, label: str, panel: Panel, color: str, palette: Palette) -> list[Part]:
+def _curve(curve: ScalarSeries, label: str, panel: Panel, color: str, palette: Palette, smooth: int) -> list[Part]:
     steps = np.asarray(curve.steps)
     mean, low, high = (panel.factor * finite(values) for values in (curve.mean, curve.min, curve.max))
     parts: list[Part] = []
     if np.nanmax(high - low, initial=0) > 0:
         fill = {"fill": "toself", "mode": "none", "fillcolor": translucent(color, 0.16), "hoverinfo": "skip"}
         parts.append(band(steps, low, high) | fill)
+    if smooth > 1:
+        faint = {"line": {"color": translucent(color, 0.3), "width": 1}, "hoverinfo": "skip"}
+        parts.append({"x": steps, "y": short(mean), "mode": line_mode(steps), "name": "as recorded"} | faint)
     parts.append(
         {
             "x": steps,
-            "y": short(mean),
+            "y": short(rolling(mean, smooth)),
             "mode": line_mode(steps),
             "line": {"color": color, "width": 1.6},
             "name": plain(label, 40),
@@ -175,7 +197,10 @@ def _first_nonfinite(curve: ScalarSeries) -> int | None:
     return int(found[0]) if len(found) else None
 
 
-def _buckets(answer: Scalars) -> list[str]:
-    if answer.bucket_steps == 1:
-        return []
-    return [f"Each point is the mean of {answer.bucket_steps:,} steps; bands show their extremes."]
+def _buckets(answer: Scalars, smooth: int) -> list[str]:
+    said = []
+    if answer.bucket_steps > 1:
+        said.append(f"Each point is the mean of {answer.bucket_steps:,} steps; bands show their extremes.")
+    if smooth > 1:
+        said.append(f"Lines are means over {smooth} points.")
+    return said

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import synthetic as made
+from chromium import CHROMIUM, FLAGS
+from fastapi import FastAPI
 from playwright.sync_api import BrowserContext, Page, Request, expect, sync_playwright
+from pydantic import SecretStr
 
 from brn_core import wire
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-PATIENCE_MS = 20_000
+PATIENCE_MS = 60_000
+expect.set_options(timeout=PATIENCE_MS)
+
+
+def _axe() -> Path | None:
+    """axe-core's script, in a folder of npm packages beside the repository, of this user or of the machine."""
+    roots = (Path(), Path.home(), Path("/usr/lib"), Path("/usr/local/lib"))
+    found = [root / "node_modules" / "axe-core" / "axe.min.js" for root in roots]
+    return next((path for path in found if path.is_file()), None)
+
+
+AXE = _axe()
 
 pytestmark = [
     pytest.mark.browser,
@@ -61,8 +64,9 @@ def open_window(context: BrowserContext) -> Iterator[Callable[..., Window]]:
     opened: list[Window] = []
 
     def failed(window: Window, request: Request) -> None:
-        # the stream ends when its page is left; the tab's icon is the browser's own request, dropped at its will
-        of_no_concern = request.url.endswith(("/events", "/icon.svg")) and request.failure == "net::ERR_ABORTED"
+        # what a page was asking for ends when it is left; the tab's icon is the browser's own, dropped at its will
+        ends = request.url.endswith(("/events", "/icon.svg")) or "/figures/" in request.url or "fragment" in request.url
+        of_no_concern = ends and request.failure == "net::ERR_ABORTED"
         if not of_no_concern:
             window.wrong.append(f"{request.url}: {request.failure}")
 
@@ -87,12 +91,14 @@ def open_window(context: BrowserContext) -> Iterator[Callable[..., Window]]:
 
 
 def drawn(page: Page) -> None:
-    """Waits until all three figures are on the screen."""
-    for figure in ("schedule", "heatmap", "scalars"):
-        expect(page.locator(f"#{figure}")).to_have_attribute("data-state", "ready", timeout=PATIENCE_MS)
+    """Brings every figure into sight, which is when it is drawn, and waits for it; then back to the top."""
+    for panel in page.locator(".panel[data-figure]:not([hidden])").all():
+        panel.scroll_into_view_if_needed()
+        expect(panel).to_have_attribute("data-state", "ready", timeout=PATIENCE_MS)
+    page.evaluate("scrollTo(0, 0)")
 
 
-def eventually(answer: Callable[[], Any], what: str, seconds: float = 20) -> Any:
+def eventually(answer: Callable[[], Any], what: str, seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := answer():
@@ -156,36 +162,42 @@ def test_new_rows_move_the_page_and_the_zoom_stays(
     drawn(page)
     expect(page.locator(".steps")).to_contain_text("30")
     page.evaluate("Plotly.relayout(document.querySelector('#schedule .plot'), {'xaxis.range': [5, 15]})")
+    for figure in ("schedule", "heatmap"):  # one zoom is every figure's, and the address's
+        page.locator(f"#{figure}").scroll_into_view_if_needed()
+        eventually(lambda name=figure: plot(page, name, "[...gd.layout.xaxis.range]") == [5, 15], f"zoomed {figure}")
+    assert page.url.endswith("?from=5&to=15")
+    expect(page.locator("#range")).to_have_text("5 to 15")
     with wheel_of_time(page):
         write_more(client, run_id, 31, 47, seq=2)
         expect(page.locator(".steps")).to_contain_text("47", timeout=PATIENCE_MS)
-        eventually(
-            lambda: plot(page, "schedule", "gd._fullData.find((t) => t.name.startsWith('r:')).x.at(-1)") == 47,
-            "the newest step in the schedule view",
-        )
-        eventually(lambda: plot(page, "heatmap", "gd._fullData[0].x.at(-1)") == 47, "the newest step in the layer map")
     assert plot(page, "schedule", "[...gd.layout.xaxis.range]") == [5, 15]
+
+    page.locator("#all-steps").click()
+    newest = "gd._fullData.find((t) => t.name.startsWith('r:')).x.at(-1)"
+    page.locator("#schedule").scroll_into_view_if_needed()
+    eventually(lambda: plot(page, "schedule", newest) == 47, "the newest step in the schedule view")
+    page.locator("#heatmap").scroll_into_view_if_needed()
+    eventually(lambda: plot(page, "heatmap", "gd._fullData[0].x.at(-1)") == 47, "the newest step in the layer map")
+    assert "from=" not in page.url
     client.patch(f"/v1/runs/{run_id}", json={"status": "finished"}).raise_for_status()
     expect(page.locator(".facts .state")).to_have_text("finished")
 
 
-def test_the_selectors_change_the_figures_and_the_address(
+def test_the_whole_view_is_in_the_address_and_a_row_of_the_map_leads_to_its_layer(
     client: httpx.Client, run_id: str, open_window: Callable[..., Window]
 ) -> None:
     made.write_run(client, run_id, layers=3, steps=10, clip_r=[[0.1, 0.2, 0.3]], **LIMITS)
     page = open_window(f"/runs/{run_id}").page
     drawn(page)
+    page.locator("#heatmap").scroll_into_view_if_needed()
     page.locator("#stat").select_option("clip_r")
     eventually(lambda: plot(page, "heatmap", "gd._fullData[0].name") == "clip_r", "the other statistic")
     assert plot(page, "heatmap", "gd._fullData[0].customdata[2][0]") == pytest.approx(0.3)
     expect(page.locator("#heatmap .caption")).to_have_text(wire.METRIC["clip_r"].meaning)
-
-    page.locator("#heatmap .nsewdrag").first.hover()
-    expect(page.locator("#heatmap .hovertext")).to_contain_text("channels with r clipped (share)")
-    page.locator("#heatmap .nsewdrag").first.click()
+    page.locator("#layer").scroll_into_view_if_needed()
+    page.locator("#layer").select_option("1")
     expect(page.locator("#schedule .caption")).to_contain_text("(block1.bn)")
-    expect(page.locator("#layer")).to_have_value("1")
-    assert page.url.endswith("?layer=1&stat=clip_r")
+    assert page.url.endswith("?stat=clip_r&layer=1")
 
     page.reload()  # the address is the view
     drawn(page)
@@ -193,6 +205,17 @@ def test_the_selectors_change_the_figures_and_the_address(
     expect(page.locator("#layer")).to_have_value("1")
     expect(page.locator("#schedule .caption")).to_contain_text("(block1.bn)")
     assert plot(page, "heatmap", "gd._fullData[0].name") == "clip_r"
+
+    page.locator("#heatmap").scroll_into_view_if_needed()
+    page.locator("#heatmap .nsewdrag").first.hover()
+    expect(page.locator("#heatmap .hovertext")).to_contain_text("channels with r clipped (share)")
+    page.locator("#heatmap .nsewdrag").first.click()
+    page.wait_for_url(f"**/runs/{run_id}/layers/1")
+    drawn(page)
+    assert {"moments", "schedule", "batch", "channels", "snapshot"} == set(
+        page.evaluate("[...document.querySelectorAll('[data-state=ready]')].map((panel) => panel.id)")
+    )
+    expect(page.locator("#moments .caption")).to_contain_text("inference would use")
 
 
 def test_names_from_users_stay_text(client: httpx.Client, run_id: str, open_window: Callable[..., Window]) -> None:
@@ -206,6 +229,14 @@ def test_names_from_users_stay_text(client: httpx.Client, run_id: str, open_wind
     drawn(page)
     expect(page.locator("h1")).to_have_text(bad)
     expect(page.locator("#schedule .caption")).to_contain_text(bad)
+    assert page.locator("main img, main a[href^='javascript'], main script").count() == 0
+    page.goto(f"/runs/{run_id}/layers/1")
+    drawn(page)
+    expect(page.locator(".title h2")).to_have_text(f"{bad}1")
+    made.create(client, made.run_record(f"{run_id}-2", name=bad)).raise_for_status()
+    page.goto(f"/compare?runs={run_id},{run_id}-2")
+    drawn(page)
+    expect(page.locator(".compared th[scope=row] a").first).to_have_text(bad)
     assert page.locator("main img, main a[href^='javascript'], main script").count() == 0
     runs = open_window("/").page
     expect(runs.locator(f"tr[data-part='{run_id}'] a")).to_have_text(bad)
@@ -224,6 +255,17 @@ def test_a_diverged_run_shows_where_it_began(
     assert plot(page, "schedule", "gd._fullData.some((t) => t.name === 'not finite from step 13')")
     assert plot(page, "heatmap", "gd._fullData.find((t) => t.name === 'first not finite').x[0]") == 13
     expect(page.locator("#findings .verdict")).to_contain_text("NH-NONFINITE")
+
+    page.locator(".card", has_text="NH-NONFINITE").locator("a.show").first.click()  # to the evidence
+    drawn(page)
+    assert "finding=NH-NONFINITE" in page.url
+    assert plot(page, "evidence", "gd._fullData[0].name") == "nonfinite_channels"
+    for figure in ("evidence", "schedule", "heatmap", "scalars"):
+        page.locator(f"#{figure}").scroll_into_view_if_needed()
+        marked = "gd.layout.shapes.filter((s) => s.name === 'where it was seen').map((s) => s.x0)[0]"
+        eventually(lambda name=figure, what=marked: plot(page, name, what) == 13, f"the mark in {figure}")
+    page.go_back()
+    expect(page.locator("#evidence")).to_be_hidden()
 
 
 def test_the_run_list_shows_new_runs_and_steps_by_itself(
@@ -258,13 +300,19 @@ def test_a_lost_service_is_said_and_what_was_shown_stays(
 
 
 def test_a_narrow_screen_never_scrolls_sideways(
-    client: httpx.Client, run_id: str, open_window: Callable[..., Window]
+    app: FastAPI, client: httpx.Client, run_id: str, open_window: Callable[..., Window]
 ) -> None:
     made.write_run(client, run_id, layers=3, steps=10, **LIMITS)
     page = open_window("/", width=400, height=800).page
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    page.goto("/login")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    settings = app.state.settings
+    app.state.settings = settings.model_copy(update={"token": SecretStr("correct horse")})
+    try:
+        page.goto("/login")
+        expect(page.locator("input[name=token]")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    finally:
+        app.state.settings = settings
     page.goto(f"/runs/{run_id}")
     drawn(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
@@ -280,9 +328,127 @@ def test_the_theme_button_redraws_the_figures_and_is_remembered(
     light = plot(page, "heatmap", color)
     page.locator("#theme").click()
     for figure in ("schedule", "heatmap", "scalars"):
+        page.locator(f"#{figure}").scroll_into_view_if_needed()
         eventually(lambda name=figure: plot(page, name, color) != light, f"the dark {figure}")
     page.reload()
     drawn(page)
     assert plot(page, "heatmap", color) != light
     assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "dark"
     page.evaluate("localStorage.clear()")
+
+
+def test_runs_are_found_chosen_compared_edited_and_deleted(
+    client: httpx.Client, run_id: str, open_window: Callable[..., Window]
+) -> None:
+    for name, norm in (("a", "bn"), ("b", "brn")):
+        record = made.run_record(f"{run_id}-{name}", name=f"{run_id} {name}", config={"norm": norm}, tags=("sweep",))
+        made.create(client, record).raise_for_status()
+        rows = {"layers": made.layer_rows(range(1, 9), 3), "scalars": made.scalar_rows({"loss": [(1, 2.0), (8, 1.0)]})}
+        made.send(client, record.id, rows).raise_for_status()
+    page = open_window("/").page
+    page.locator("input[type=search]").fill(f"{run_id} ")
+    expect(page.locator("#runs-body tr")).to_have_count(2)
+    assert "search=" in page.url
+    expect(page.locator("#runs-body .spark")).to_have_count(2)
+    for box in page.locator("input[name=run]").all():
+        box.check()
+    page.locator("#compare").click()
+    page.wait_for_url("**/compare?runs=**")
+    drawn(page)
+    expect(page.locator(".compared")).to_contain_text("brn")
+    assert plot(page, "compare", "gd._fullData.length") == 4  # two runs, two panels
+    page.locator("[data-view=group]").select_option("config.norm")
+    eventually(lambda: plot(page, "compare", "gd._fullData[0].name") != f"{run_id} a", "groups")
+    assert page.url.endswith("group=config.norm")
+
+    page.goto(f"/?search={run_id}")
+    page.locator(f"input[value='{run_id}-b']").check()
+    page.locator("#selection [data-dialog=edit]").click()
+    page.locator("#edit-dialog input[name=name]").fill("renamed <b>")
+    page.locator("#edit-dialog [type=submit]").click()
+    expect(page.locator(f"tr[data-part='{run_id}-b'] th a").first).to_have_text("renamed <b>")
+    page.locator("#selection [data-dialog=delete]").click()
+    expect(page.locator("#delete-dialog")).to_contain_text("renamed <b>")
+    page.locator("#delete-dialog [type=submit]").click()
+    expect(page.locator("#runs-body tr")).to_have_count(1)
+    assert client.get(f"/v1/runs/{run_id}-b").status_code == 404
+
+
+def test_a_slider_of_the_advisor_moves_the_clip_rate_and_the_line_to_use(
+    client: httpx.Client, run_id: str, open_window: Callable[..., Window]
+) -> None:
+    spread = {f"r_q{q:02d}": z for q, z in zip(wire.QUANTILES, (0.4, 0.5, 0.8, 1, 1.25, 2, 2.5), strict=True)}
+    schedule = wire.Schedule(bn_steps=5, r_steps=10, d_steps=10, r_max=3.0, d_max=5.0)
+    made.create(client, made.run_record(run_id, schedule=schedule, planned_steps=40)).raise_for_status()
+    rows = {"layers": made.layer_rows(range(1, 31), 3, **spread, **LIMITS)}
+    made.send(client, run_id, rows).raise_for_status()
+    page = open_window(f"/runs/{run_id}/advisor").page
+    drawn(page)
+    clipped = "gd._fullData.find((t) => t.name === 'r clipped').y.at(-1)"
+    before = plot(page, "advisor", clipped)
+    page.locator("[data-mirror=r_max]").fill("1.2")
+    eventually(lambda: plot(page, "advisor", clipped) > before + 0.2, "more is clipped")
+    line = "RenormSchedule(bn_steps=5, r_steps=10, d_steps=10, r_max=1.2, d_max=5.0)"
+    expect(page.locator("#line")).to_have_text(line)
+    page.locator("[data-mirror=bn_steps]").fill("20")  # the others give way
+    expect(page.locator("#line")).to_contain_text("bn_steps=20, r_steps=20, d_steps=20")
+    page.locator("#fit").click()
+    expect(page.locator("#line")).not_to_contain_text("r_max=1.2,")
+    assert "r_max=" in page.url
+
+
+def test_a_report_opens_from_a_file_without_a_service(
+    client: httpx.Client, run_id: str, open_window: Callable[..., Window], tmp_path: Path
+) -> None:
+    bad = "</script><script>alert(1)</script>"
+    made.create(client, made.run_record(run_id, name=bad)).raise_for_status()
+    rows = {
+        "layers": made.layer_rows(range(1, 9), 3, **LIMITS),
+        "scalars": made.scalar_rows({bad: [(1, 1.0), (2, 2.0)]}),
+    }
+    made.send(client, run_id, rows).raise_for_status()
+    file = tmp_path / "run.html"
+    file.write_text(client.get(f"/runs/{run_id}/report").raise_for_status().text)
+    page = open_window(file.as_uri()).page
+    expect(page.locator("h1")).to_have_text(bad)
+    for figure in ("schedule", "heatmap", "causes", "scalars"):
+        expect(page.locator(f"#{figure}")).to_have_attribute("data-state", "ready")
+        assert plot(page, figure, "gd._fullData.length") > 0
+    assert page.evaluate("performance.getEntriesByType('resource').length") == 0
+
+
+def test_a_plot_is_taken_as_csv_with_the_numbers_it_shows(
+    client: httpx.Client, run_id: str, open_window: Callable[..., Window]
+) -> None:
+    made.write_run(client, run_id, layers=2, steps=3, gap=[[0.5, 0.25]], **LIMITS)
+    page = open_window(f"/runs/{run_id}").page
+    drawn(page)
+    with page.expect_download() as download:
+        page.locator("#heatmap [data-take=csv]").click()
+    lines = Path(download.value.path()).read_text().splitlines()
+    assert lines[:2] == ["curve,x,y,value", "gap,1,block0.bn,0.5"]
+    assert len(lines) == 1 + 2 * 3
+
+
+@pytest.mark.skipif(AXE is None, reason="axe-core is not there (npm install axe-core)")
+def test_axe_finds_nothing_serious_on_any_page_in_either_theme(
+    client: httpx.Client, run_id: str, open_window: Callable[..., Window]
+) -> None:
+    made.write_run(client, run_id, layers=3, steps=20, ranks=3, gap=1.0, **LIMITS)
+    made.write_run(client, f"{run_id}-2", layers=3, steps=20, **LIMITS)
+    own = [f"/runs/{run_id}{path}" for path in ("", "/layers/1", "/ranks", "/advisor")]
+    page = open_window("/").page
+    assert AXE is not None
+    for path in (*own, f"/compare?runs={run_id},{run_id}-2", "/"):
+        page.goto(path)
+        drawn(page)
+        page.evaluate(AXE.read_text())
+        for theme, rules in (("light", "['wcag2a', 'wcag2aa', 'best-practice']"), ("dark", "['color-contrast']")):
+            page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+            found = page.evaluate(f"axe.run(document, {{runOnly: {rules}}})")
+            serious = [
+                (path, theme, violation["id"], [node["target"] for node in violation["nodes"]][:4])
+                for violation in found["violations"]
+                if violation["impact"] in ("serious", "critical")
+            ]
+            assert not serious, serious

@@ -1,0 +1,30 @@
+// @ts-check
+// In a report: draws the figures that stand in the file. It is inlined, so it imports nothing.
+{
+  const api = /** @type {any} */ (window).Plotly;
+  for (const panel of document.querySelectorAll("section.panel")) {
+    const section = /** @type {HTMLElement} */ (panel);
+    const source = section.querySelector("script[type='application/json']");
+    const plot = /** @type {HTMLElement | null} */ (section.querySelector(".plot"));
+    if (!source || !plot) continue;
+    const figure = JSON.parse(source.textContent ?? "");
+    const caption = section.querySelector(".caption");
+    if (caption) caption.textContent = figure.layout.meta?.caption ?? "";
+    section.dataset.state = "ready";
+    void api.newPlot(plot, figure.data, figure.layout, {
+      responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "",
+      modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "toImage"],
+    });
+    for (const button of section.querySelectorAll("[data-take]")) {
+      const format = /** @type {HTMLElement} */ (button).dataset.take;
+      button.addEventListener("click", () => void api.downloadImage(plot, { format, filename: section.id, scale: format === "png" ? 2 : 1 }));
+    }
+  }
+  for (const button of document.querySelectorAll(".copy")) {
+    button.addEventListener("click", () => {
+      const code = button.parentElement?.querySelector("code");
+      if (code) getSelection()?.selectAllChildren(code);
+      void navigator.clipboard?.writeText(code?.textContent ?? "").catch(() => {});
+    });
+  }
+}

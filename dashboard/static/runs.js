@@ -1,0 +1,98 @@
+// @ts-check
+// The list of runs: search as you type, choose some to compare, change or delete them.
+
+import { offerDialogs } from "./dialogs.js";
+import { refreshParts } from "./parts.js";
+import { complain, paced, say } from "./service.js";
+
+const RUNS_EVERY_MS = 2000;
+
+export function runsPage() {
+  const refresh = paced(() => refreshParts(location.search).then(() => say(null), complain), 1);
+  setInterval(refresh, RUNS_EVERY_MS);
+  say(null);
+
+  // -------------------------------------------------------------------------------------------- search and order
+
+  const filters = /** @type {HTMLFormElement} */ (document.getElementById("filters"));
+  const go = (/** @type {string} */ query, push = false) => {
+    const address = `/${query ? `?${query}` : ""}`;
+    if (push) history.pushState(null, "", address);
+    else history.replaceState(null, "", address);
+    refresh();
+  };
+  const queryOf = () => {
+    const query = new URLSearchParams();
+    for (const [name, value] of new FormData(filters)) if (value) query.append(name, String(value));
+    return String(query);
+  };
+  filters.addEventListener("input", () => go(queryOf()));
+  filters.addEventListener("submit", (event) => { event.preventDefault(); go(queryOf()); });
+
+  /** The form says what the address says. */
+  function readAddress() {
+    const view = new URLSearchParams(location.search);
+    for (const hidden of filters.querySelectorAll("input[type=hidden]")) hidden.remove();
+    for (const [name, value] of view) {
+      if (!["tag", "sort", "ascending"].includes(name)) continue;
+      const input = Object.assign(document.createElement("input"), { type: "hidden", name, value });
+      filters.append(input);
+    }
+    const search = /** @type {HTMLInputElement} */ (filters.elements.namedItem("search"));
+    if (document.activeElement !== search) search.value = view.get("search") ?? "";
+    for (const box of filters.querySelectorAll("input[name=state]"))
+      /** @type {HTMLInputElement} */ (box).checked = view.getAll("state").includes(/** @type {HTMLInputElement} */ (box).value);
+  }
+  addEventListener("popstate", () => { readAddress(); refresh(); });
+  document.addEventListener("click", (event) => {
+    const link = event.target instanceof Element ? event.target.closest("a[data-order]") : null;
+    if (!(link instanceof HTMLAnchorElement) || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    go(new URL(link.href).search.slice(1), true);
+    readAddress();
+    scrollTo({ top: 0 });
+  });
+
+  // ---------------------------------------------------------------------------------------------------- choosing
+
+  /** Runs chosen on any page of the list, by id. @type {Map<string, import("./dialogs.js").Chosen>} */
+  const chosen = new Map();
+  const bar = /** @type {HTMLElement} */ (document.getElementById("selection"));
+  const boxes = () => /** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll("#runs-body input[name=run]"));
+
+  function show() {
+    for (const box of boxes()) {
+      box.checked = chosen.has(box.value);
+      if (box.checked) chosen.set(box.value, of(box));
+    }
+    bar.hidden = chosen.size === 0;
+    /** @type {HTMLElement} */ (document.getElementById("chosen")).textContent = `${chosen.size} chosen`;
+    const compare = /** @type {HTMLButtonElement} */ (document.getElementById("compare"));
+    compare.disabled = chosen.size < 2;
+    compare.title = chosen.size < 2 ? "Choose two or more" : "";
+    /** @type {HTMLButtonElement} */ (bar.querySelector("[data-dialog=edit]")).disabled = chosen.size !== 1;
+  }
+
+  /** @param {HTMLInputElement} box @returns {import("./dialogs.js").Chosen} */
+  function of(box) {
+    const { name = "", tags = "", notes = "" } = /** @type {HTMLElement} */ (box.closest("tr")).dataset;
+    return { id: box.value, name, tags, notes };
+  }
+
+  document.addEventListener("change", (event) => {
+    const box = event.target;
+    if (!(box instanceof HTMLInputElement) || box.name !== "run") return;
+    if (box.checked) chosen.set(box.value, of(box));
+    else chosen.delete(box.value);
+    show();
+  });
+  document.addEventListener("partschange", show);
+  document.getElementById("none")?.addEventListener("click", () => { chosen.clear(); show(); });
+  document.getElementById("compare")?.addEventListener("click", () => location.assign(`/compare?runs=${[...chosen.keys()].join(",")}`));
+  offerDialogs(() => [...chosen.values()], (deleted) => {
+    for (const id of deleted) chosen.delete(id);
+    show();
+    refresh();
+  });
+  show();
+}

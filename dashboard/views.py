@@ -1,0 +1,163 @@
+"""Runs and findings in the words of a page; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
+
+from brn_core.wire import METRIC, METRICS, Layer, Metric
+from service.diagnosis.finding import SEVERITIES, Diagnosis, Finding
+from service.schemas import Comparison, Run
+
+DEFAULT_STATISTIC: Final = "gap"
+
+GROUPS: Final = {
+    "correction": "Correction: r, d, limits, clipping",
+    "gap": "Train-inference gap",
+    "noise": "Sampling noise",
+    "statistics": "Batch and moving statistics",
+    "health": "Health",
+}
+"""Heading of each group of METRICS in the selector, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """A run in the words of a page."""
+
+    run: Run
+    norm: str
+    batch: str
+    progress: float | None
+
+    @property
+    def state(self) -> str:
+        return self.run.state
+
+    @property
+    def href(self) -> str:
+        return f"/runs/{quote(self.run.id)}"
+
+
+def run_view(run: Run, layers: Sequence[Layer]) -> RunView:
+    """What a page says of a run."""
+    kinds = sorted({layer.kind for layer in layers})
+    batch = "?" if run.batch_size is None else f"{run.batch_size:,}"
+    return RunView(
+        run=run,
+        norm=f"{' + '.join(kinds)} × {len(layers)}" if kinds else "no layers",
+        batch=f"{batch} × {run.world_size} rank{'' if run.world_size == 1 else 's'}",
+        progress=None if not run.planned_steps else min(1.0, (run.last_step or 0) / run.planned_steps),
+    )
+
+
+def by_severity(findings: tuple[Finding, ...]) -> list[Finding]:
+    """The worst first; equal ones in the order given."""
+    return sorted(findings, key=lambda finding: -SEVERITIES.index(finding.severity))
+
+
+def statistic_groups() -> list[tuple[str, list[Metric]]]:
+    """METRICS for a selector: (heading, statistics) in reading order."""
+    return [(title, [metric for metric in METRICS if metric.group == group]) for group, title in GROUPS.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a finding's own question asks for: the last part of its path, and its parameters."""
+
+    route: str
+    stats: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    layer: int | None = None
+    rank: int | None = None
+
+
+def evidence_of(finding: Finding) -> Evidence | None:
+    """The question behind a finding; None where it has none."""
+    if finding.evidence is None:
+        return None
+    address = urlsplit(finding.evidence.query)
+    asked = parse_qs(address.query)
+
+    def whole(name: str) -> int | None:
+        value = asked.get(name, [""])[0]
+        return int(value) if value.isdecimal() else None
+
+    return Evidence(
+        route=address.path.rpartition("/")[2],
+        stats=tuple(stat for stat in asked.get("stat", []) if stat in METRIC),
+        names=tuple(asked.get("name", [])),
+        layer=whole("layer"),
+        rank=whole("rank"),
+    )
+
+
+def finding_keys(findings: Sequence[Finding]) -> list[str]:
+    """A name for each finding that an address can hold: its code, numbered where there are several of one code."""
+    keys: list[str] = []
+    for finding in findings:
+        again = sum(key.partition("~")[0] == finding.code for key in keys)
+        keys.append(f"{finding.code}~{again + 1}" if again else finding.code)
+    return keys
+
+
+def finding_named(diagnosis: Diagnosis, key: str) -> Finding | None:
+    """The finding of such a name, if it is still one."""
+    return dict(zip(finding_keys(diagnosis.findings), diagnosis.findings, strict=True)).get(key)
+
+
+def finding_view(finding: Finding, key: str, run: Run) -> str:
+    """The query of the run page on which every plot shows a finding: its layer, its statistic, its steps marked."""
+    evidence = evidence_of(finding)
+    if evidence is None or run.last_step is None:
+        return ""
+    first, last = finding.steps
+    around = max(20, (last - first) // 4)
+    view: dict[str, object] = {"finding": key, "mark": f"{first}-{last}"}
+    layer = evidence.layer
+    names = [own.name for own in run.layers]
+    if layer is None and finding.layers and finding.layers[0] in names:
+        layer = names.index(finding.layers[0])
+    if layer is not None:
+        view["layer"] = layer
+    if evidence.stats:
+        view["stat"] = evidence.stats[0]
+    if evidence.rank is not None:
+        view["rank"] = evidence.rank
+    if first - around > 0:
+        view["from"] = first - around
+    if last + around < run.last_step:
+        view["to"] = last + around
+    if "to" in view or "from" in view:  # an address names both ends or none
+        view.setdefault("from", 0)
+        view.setdefault("to", run.last_step)
+    return urlencode(view)
+
+
+def compare_context(found: Comparison, records: Sequence[Run]) -> dict[str, Any]:
+    """What the table of a comparison says."""
+    views = [run_view(run, run.layers) for run in records]
+    scalars = sorted((name for name in found.final if not name.startswith("brn/")), key=_metric_rank)
+    # Trainers repeat in their config what the record of a run says anyway.
+    settings = [
+        key
+        for key, values in found.config.items()
+        if "." in key and found.config.get(key.removeprefix("config.")) != values
+    ]
+    settings += [key for key in found.config if "." not in key]
+    return {
+        "views": views,
+        "found": found,
+        "settings": settings,
+        "scalars": scalars,
+        "scalar": scalars[0] if scalars else "",
+        "group_keys": [key for key in settings if key.startswith("config.")],
+        "default_stat": DEFAULT_STATISTIC,
+    }
+
+
+def _metric_rank(name: str) -> tuple[int, str]:
+    lower = name.lower()
+    return (0 if "acc" in lower else 1 if "loss" in lower else 2), lower

@@ -1,0 +1,253 @@
+"""What the newer pages say: the list of runs, layer, ranks, comparison, reports; and findings as addresses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import httpx
+import pytest
+import synthetic as made
+
+from brn_core import wire
+from dashboard import templating, views
+from dashboard.pages import rank_rows
+from service.diagnosis.finding import Diagnosis, Finding, Verdict
+from service.schemas import Comparison, RankHealth, Ranks, Run
+
+
+def finding(
+    code: str = "NH-SMALL", query: str = "/v1/runs/r/series?stat=gap&stat=mean_noise&layer=2", **more: object
+) -> Finding:
+    evidence = {"statistic": "G", "value": 1.0, "steps_used": 50, "query": query}
+    fields = {"code": code, "severity": "warning", "summary": "-", "evidence": evidence, "remedy": None}
+    return Finding.model_validate(fields | {"steps": (400, 500)} | more)
+
+
+def a_run(**changes: object) -> Run:
+    verdict = {"code": "HEALTHY", "severity": "ok", "summary": "-"}
+    fields = made.run_record("r").model_dump() | {
+        "status": "running",
+        "state": "running",
+        "rows": 1,
+        "verdict": verdict,
+    }
+    return Run.model_validate(
+        fields | {"created_at": "2026-01-01T00:00Z", "updated_at": "2026-01-01T00:00Z", "last_step": 1000} | changes
+    )
+
+
+class TestFindingsAsAddresses:
+    def test_a_finding_shows_its_layer_statistic_and_steps(self) -> None:
+        found = parse_qs(views.finding_view(finding(), "NH-SMALL", a_run()))
+        assert found == {
+            "finding": ["NH-SMALL"], "mark": ["400-500"], "layer": ["2"], "stat": ["gap"],
+            "from": ["375"], "to": ["525"],
+        }  # fmt: skip
+
+    def test_a_finding_that_lasts_shows_everything_up_to_now(self) -> None:
+        lasting = finding(steps=(10, 990), layers=("block1.bn",), query="/v1/runs/r/scalars?name=loss")
+        found = parse_qs(views.finding_view(lasting, "NH-SMALL", a_run()))
+        assert found == {"finding": ["NH-SMALL"], "mark": ["10-990"], "layer": ["1"]}
+
+    def test_two_findings_of_one_code_have_two_names(self) -> None:
+        pair = (finding(), finding(steps=(1, 2)), finding("NH-LAG"))
+        assert views.finding_keys(pair) == ["NH-SMALL", "NH-SMALL~2", "NH-LAG"]
+        verdict = Verdict(code="-", severity="ok", summary="-")
+        diagnosis = Diagnosis(run="r", step=1, verdict=verdict, findings=pair)
+        assert views.finding_named(diagnosis, "NH-SMALL~2") is pair[1]
+        assert views.finding_named(diagnosis, "NH-GONE") is None
+
+    def test_statistics_that_do_not_exist_are_left_out(self) -> None:
+        odd = finding(query="/v1/runs/r/series?stat=nonsense&layer=x")
+        assert views.evidence_of(odd) == views.Evidence("series")
+
+
+def rows_of(page: str) -> list[str]:
+    return re.findall(r'<tr data-part="([^"]+)"', page)[1:]  # the first is the heading
+
+
+class TestRunList:
+    @pytest.fixture
+    def three(self, client: httpx.Client, run_id: str) -> list[str]:
+        for name, tags in (("b", ("t",)), ("a", ("t", "u")), ("c", ())):
+            made.create(client, made.run_record(f"{run_id}-{name}", name=f"{run_id} {name}", tags=tags))
+        client.patch(f"/v1/runs/{run_id}-c", json={"status": "finished", "notes": "a <b>note</b>"})
+        return [f"{run_id}-{name}" for name in "abc"]
+
+    def test_is_searched_filtered_and_sorted_by_its_address(
+        self, client: httpx.Client, run_id: str, three: list[str]
+    ) -> None:
+        a, b, c = three
+        for query, expected in (
+            ("sort=name&ascending=true", [a, b, c]),
+            ("", [c, a, b]),
+            ("tag=t", [a, b]),
+            ("tag=t&tag=u", [a]),
+            ("state=finished", [c]),
+        ):
+            assert rows_of(client.get(f"/?search={run_id}&{query}").text) == expected, query
+
+    def test_what_it_was_asked_for_is_in_the_form_and_in_every_link(
+        self, client: httpx.Client, run_id: str, three: list[str]
+    ) -> None:
+        page = client.get(f"/?search={run_id}&state=finished").text
+        assert f'value="{run_id}"' in page
+        assert re.search(r'value="finished"\s+checked', page)
+        assert f"search={run_id}&amp;state=finished&amp;sort=name&amp;ascending=true" in page
+
+    def test_no_run_fits_is_said(self, client: httpx.Client) -> None:
+        assert "No run fits" in client.get("/?search=nothing-is-called-this").text
+
+    def test_notes_are_for_the_dialog_and_text(self, client: httpx.Client, three: list[str], run_id: str) -> None:
+        page = client.get(f"/?search={run_id}").text
+        assert 'data-notes="a &lt;b&gt;note&lt;/b&gt;"' in page
+        assert "<b>note" not in client.get(f"/runs/{three[2]}").text
+
+    def test_a_cursor_of_another_order_is_refused(self, client: httpx.Client) -> None:
+        assert client.get("/?cursor=nonsense").status_code == 422
+
+
+@pytest.mark.parametrize(("state", "said"), [("stalled", "It may be evaluating"), ("crashed", "taken for crashed")])
+def test_a_run_that_fell_silent_says_since_when_and_what_to_do(state: str, said: str) -> None:
+    run = a_run(state=state)
+    html = templating.templates.get_template("run_head.html").render(view=views.run_view(run, []), run=run)
+    assert said in html
+    assert "python -m brn_core.spool DIR --url URL" in html
+    assert html.count('datetime="2026-01-01T00:00:00.000+00:00"') == 2
+
+
+def test_a_run_that_failed_says_why() -> None:
+    run = a_run(state="failed").model_copy(update={"failure": "rank 1 of 2 ended with <SIGKILL>"})
+    html = templating.templates.get_template("run_head.html").render(view=views.run_view(run, []), run=run)
+    assert "Training failed: rank 1 of 2 ended with &lt;SIGKILL&gt;" in html
+
+
+class TestLayerPage:
+    def test_says_what_the_layer_is_and_leads_to_its_neighbours(self, client: httpx.Client, run_id: str) -> None:
+        made.write_run(client, run_id, layers=3)
+        page = client.get(f"/runs/{run_id}/layers/1").text
+        assert "<h2>block1.bn</h2>" in page
+        for neighbour in (0, 2):
+            assert f'href="/runs/{run_id}/layers/{neighbour}"' in page
+
+    @pytest.mark.parametrize("layer", [3, -1])
+    def test_a_layer_that_does_not_exist_is_not_found(self, client: httpx.Client, run_id: str, layer: int) -> None:
+        made.write_run(client, run_id, layers=3)
+        answer = client.get(f"/runs/{run_id}/layers/{layer}", headers={"accept": "text/html"})
+        assert answer.status_code == 404
+        assert "there is no layer" in answer.text
+
+
+def test_ranks_that_are_missing_behind_slow_or_apart_are_called_so() -> None:
+    def rank(number: int, last: int | None, behind: int | None, seconds: float | None) -> RankHealth:
+        return RankHealth(rank=number, last_step=last, behind_steps=behind, received_at=None, step_time_seconds=seconds)
+
+    found = Ranks(
+        run="r",
+        from_step=1,
+        to_step=9,
+        world_size=4,
+        layers=[],
+        mu_spread=[],
+        sigma_spread=[],
+        farthest_rank=[],
+        farthest_distance=[],
+        outlier={"rank": 0, "distance": 3.0, "others": 0.1},
+        ranks=[rank(0, 500, 0, 0.1), rank(1, 500, 0, 0.3), rank(2, 100, 400, 0.1), rank(3, None, None, None)],
+    )
+    words = [[word for word, _ in row["words"]] for row in rank_rows(found)]
+    assert words == [["apart"], ["slow"], ["behind"], ["missing"]]
+
+
+class TestComparison:
+    def test_needs_two_runs_and_says_so(self, client: httpx.Client, run_id: str) -> None:
+        made.write_run(client, run_id)
+        answer = client.get(f"/compare?runs={run_id}", headers={"accept": "text/html"})
+        assert answer.status_code == 422
+        assert "choose two or more runs" in answer.text
+
+    def test_a_form_without_scripts_leads_there_too(self, client: httpx.Client) -> None:
+        answer = client.get("/compare?run=a&run=b")
+        assert (answer.status_code, answer.headers["location"]) == (303, "/compare?runs=a,b")
+
+    def test_more_runs_than_the_route_answers_are_compared(self, client: httpx.Client, run_id: str) -> None:
+        ids = [f"{run_id}-{i}" for i in range(21)]
+        for i, own in enumerate(ids):
+            made.create(client, made.run_record(own, config={"lr": i}))
+        assert client.get(f"/compare?runs={','.join(ids)}").status_code == 200
+        assert client.get("/v1/compare", params={"run": ids, "stat": "gap"}).status_code == 422
+
+    def test_what_config_repeats_of_the_record_is_a_column_once(self) -> None:
+        found = Comparison(
+            by="step",
+            runs=[],
+            final={},
+            config={"batch_size": [1, 2], "config.batch_size": [1, 2], "config.lr": [1, 2]},
+        )
+        assert sorted(views.compare_context(found, [])["settings"]) == ["batch_size", "config.lr"]
+
+
+class TestReport:
+    def test_loads_nothing_and_holds_everything(self, client: httpx.Client, run_id: str) -> None:
+        made.write_run(client, run_id, ranks=2)
+        answer = client.get(f"/runs/{run_id}/report").raise_for_status()
+        assert answer.headers["content-disposition"] == f'attachment; filename="{run_id}.html"'
+        head = answer.text.partition("<script>")[0]
+        assert not re.findall(r'(?:src|href)="', head)
+        assert head.count('<script type="application/json">') == 5
+
+    def test_of_several_runs_is_a_comparison(self, client: httpx.Client, run_id: str) -> None:
+        for own in (run_id, f"{run_id}-2"):
+            made.write_run(client, own)
+        page = client.get(f"/compare/report?runs={run_id},{run_id}-2").raise_for_status().text
+        assert "2 runs compared" in page
+
+    def test_text_in_it_cannot_end_its_script(self, client: httpx.Client, run_id: str) -> None:
+        bad = "</script><script>alert(1)</script>"
+        made.create(client, made.run_record(run_id, name=bad))
+        made.send(client, run_id, {"scalars": made.scalar_rows({bad: [(1, 1.0)]})})
+        page = client.get(f"/runs/{run_id}/report").text
+        assert "<script>alert(1)" not in page
+
+    def test_is_written_by_the_command_without_serving(self, tmp_path: Path) -> None:
+        store = f"chdb://{tmp_path}/store"
+        fill = (
+            "import sys; from datetime import UTC, datetime; from brn_core.wire import RunCreate;"
+            "from service.settings import Settings; from service.store import Store;"
+            "s = Store(Settings(store=sys.argv[1]));"
+            "s.put_run(RunCreate(id='r', name='a run'), 'finished', datetime.now(UTC)); s.close()"
+        )
+        subprocess.run([sys.executable, "-c", fill, store], check=True, timeout=120)
+        command = [sys.executable, "-m", "dashboard", "--store", store, "--report"]
+        wrote = subprocess.run(
+            [*command, "r", "-o", tmp_path / "r.html"], check=True, capture_output=True, text=True, timeout=120
+        )
+        assert "wrote" in wrote.stdout
+        assert '<h1 data-part="name">a run</h1>' in (tmp_path / "r.html").read_text()
+        missing = subprocess.run([*command, "nobody"], check=False, capture_output=True, text=True, timeout=120)
+        assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
+        assert "there is no run 'nobody'" in missing.stderr
+
+
+def test_a_figure_that_does_not_exist_is_not_found(client: httpx.Client, run_id: str) -> None:
+    made.write_run(client, run_id)
+    answer = client.get(f"/runs/{run_id}/figures/nonsense")
+    assert answer.status_code == 404
+    assert "there are batch, causes" in answer.json()["detail"]
+
+
+def test_half_a_range_is_none_and_a_turned_one_is_refused(client: httpx.Client, run_id: str) -> None:
+    made.write_run(client, run_id, r_max=3.0, d_max=5.0)
+    figure = client.get(f"/runs/{run_id}/figures/schedule?from=3").raise_for_status().json()
+    assert "range" not in figure["layout"]["xaxis"]
+    assert client.get(f"/runs/{run_id}/figures/schedule?from=3&to=2").status_code == 422
+
+
+def test_a_schedule_that_ends_before_it_begins_is_refused(client: httpx.Client, run_id: str) -> None:
+    made.write_run(client, run_id)
+    limits = wire.Schedule(bn_steps=5, r_steps=3, d_steps=9, r_max=2, d_max=1).model_dump()
+    assert client.get(f"/runs/{run_id}/figures/advisor", params=limits).status_code == 422
