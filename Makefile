@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO_ARGS := $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-containers lint format bench clean
+.PHONY: help demo test test-containers lint format bench release-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -22,7 +22,7 @@ demo: .venv/.installed  ## train twice, watch it live in the browser (ONCE=1 end
 	@$(BIN)/python -m brn_core.worker.demo $(DEMO_ARGS)
 
 test: lint  ## lint, types, import contracts and tests; CPU only, no Docker
-	@$(BIN)/python -m pytest -m "not containers" $(ARGS)
+	@$(BIN)/python -m pytest -m "not containers" --numprocesses 2 --dist loadfile $(ARGS)
 
 test-containers: .venv/.installed  ## build the images, bring the compose file up, see rows arrive
 	@$(BIN)/python -m pytest -m containers --timeout 1200 $(ARGS)
@@ -37,8 +37,12 @@ format: .venv/.installed  ## let ruff format and fix what it can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: .venv/.installed  ## measure; tables land in benchmarks/results
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: .venv/.installed  ## measure; tables land in benchmarks/results (the soak of half an hour is run by itself)
+	@for script in $(filter-out benchmarks/soak.py, $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+release-check: .venv/.installed  ## version, links, wheel and sdist, known vulnerabilities of what is pinned
+	@$(BIN)/python -m pytest -q tests/test_release.py
+	@$(BIN)/python .ci/release_check.py
 
 clean:  ## remove what make made: .venv, caches, the demo's store
 	rm -rf .venv .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,16 +1,21 @@
 # The service and its dashboard: no torch, no compiler.
 ARG BASE=python:3.11-slim-bookworm
+FROM ${BASE} AS build
+# The sources are mounted, not copied, and the cache keeps downloads between builds. Nothing that runs needs the
+# libraries' own tests.
+RUN --mount=type=bind,target=/src --mount=type=cache,target=/root/.cache/pip \
+    python -m venv /opt/brn \
+    && /opt/brn/bin/pip install --disable-pip-version-check --constraint /src/constraints.txt '/src[serve]' \
+    && find /opt/brn/lib -depth -type d -name tests -path '*/site-packages/*' -exec rm -rf {} +
+
 FROM ${BASE}
 LABEL org.opencontainers.image.title="brn-serve" \
       org.opencontainers.image.description="Diagnostics for batch normalization: service and dashboard" \
-      org.opencontainers.image.licenses="MIT"
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="0.1.0"
 RUN useradd --uid 10001 --no-create-home --home-dir /var/lib/brn brn \
     && mkdir -p /var/lib/brn && chown brn:brn /var/lib/brn
-# Everything comes as wheels, so there is nothing to build and leave behind. The sources are mounted, not copied, and
-# the cache keeps downloads between builds and out of the image.
-RUN --mount=type=bind,target=/src --mount=type=cache,target=/root/.cache/pip \
-    python -m venv /opt/brn \
-    && /opt/brn/bin/pip install --disable-pip-version-check --constraint /src/constraints.txt '/src[serve]'
+COPY --from=build /opt/brn /opt/brn
 ENV PATH=/opt/brn/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

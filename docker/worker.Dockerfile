@@ -1,16 +1,19 @@
 # The training worker. torch comes as the registry's default build, which brings its own CUDA libraries.
 ARG BASE=python:3.11-slim-bookworm
-FROM ${BASE}
-LABEL org.opencontainers.image.title="brn-train" \
-      org.opencontainers.image.description="Trains with Batch Renormalization and streams what normalization does" \
-      org.opencontainers.image.licenses="MIT"
-RUN useradd --uid 10001 --no-create-home --home-dir /var/lib/brn brn \
-    && mkdir -p /var/lib/brn && chown brn:brn /var/lib/brn
-# Everything comes as wheels, so there is nothing to build and leave behind. The sources are mounted, not copied, and
-# the cache keeps downloads between builds and out of the image.
+FROM ${BASE} AS build
+# The sources are mounted, not copied, and the cache keeps downloads between builds.
 RUN --mount=type=bind,target=/src --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/brn \
     && /opt/brn/bin/pip install --disable-pip-version-check --constraint /src/constraints.txt '/src[train]'
+
+FROM ${BASE}
+LABEL org.opencontainers.image.title="brn-train" \
+      org.opencontainers.image.description="Trains with Batch Renormalization and streams what normalization does" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="0.1.0"
+RUN useradd --uid 10001 --no-create-home --home-dir /var/lib/brn brn \
+    && mkdir -p /var/lib/brn && chown brn:brn /var/lib/brn
+COPY --from=build /opt/brn /opt/brn
 ENV PATH=/opt/brn/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

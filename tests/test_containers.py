@@ -11,11 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from chromium import CHROMIUM, FLAGS
+from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parent.parent
+STEPS = 600
 
 pytestmark = pytest.mark.containers
 
@@ -42,14 +46,27 @@ class Stack:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def compose(self, *arguments: str) -> str:
+    def compose(self, *arguments: str, fails: bool = False, **environment: str) -> str:
         command = [*self.command, "-p", f"brn-test-{os.getpid()}", *arguments]
-        environment = {**os.environ, "BRN_PORT": str(self.port), "BRN_STEPS": "120", "BRN_RUN_NAME": "in-a-container"}
+        ours = {"BRN_PORT": str(self.port), "BRN_STEPS": str(STEPS), "BRN_RUN_NAME": "in-a-container"}
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            command,
+            cwd=ROOT,
+            env={**os.environ, **ours, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
         )
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-4000:]}"
+        assert (done.returncode != 0) == fails, f"{shlex.join(command)}\n{done.stdout[-4000:]}"
         return done.stdout
+
+    def inside(self, *command: str, fails: bool = False) -> str:
+        return self.compose("exec", "-T", "service", *command, fails=fails)
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        answer = httpx.get(f"{self.url}/v1/runs").raise_for_status().json()
+        return {run["id"]: run for run in answer["runs"]}
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +104,24 @@ def _eventually(what: str, answer: Callable[[], object], stack: Stack, seconds: 
     raise AssertionError(f"{what} did not happen in {seconds} s; last: {last!r}\n{stack.compose('logs')[-4000:]}")
 
 
-def test_compose_up_trains_streams_and_gives_a_verdict(stack: Stack) -> None:
+def test_a_service_container_killed_in_training_loses_no_row_and_gives_a_verdict(stack: Stack) -> None:
+    def some() -> bool:
+        return any(run["rows"] for run in stack.runs().values())
 
-    def finished_run() -> dict[str, object] | None:
-        runs: list[dict[str, object]] = httpx.get(f"{stack.url}/v1/runs").raise_for_status().json()["runs"]
-        return next((run for run in runs if run["status"] == "finished"), None)
-
-    run = _eventually("a finished run", finished_run, stack)
-    assert isinstance(run, dict)
+    _eventually("rows", some, stack)
+    (name,) = stack.runs()
+    stack.compose("kill", "-s", "KILL", "service")
+    stack.compose("start", "service")
+    _eventually("the service's return", lambda: httpx.get(f"{stack.url}/readyz").is_success, stack)
+    assert stack.runs()[name]["status"] == "running", "training ended before the service was killed: it proved nothing"
+    _eventually("the end of training", lambda: stack.runs()[name]["status"] == "finished", stack)
+    stack.compose("run", "--rm", "--no-deps", "worker", "--sync", "/var/lib/brn/spool")
+    run = stack.runs()[name]
     assert run["name"] == "in-a-container"
-    assert run["last_step"] == 119
-    layers = httpx.get(f"{stack.url}/v1/runs/{run['id']}/layers").raise_for_status().json()["layers"]
-    assert run["rows"] == 120 * len(layers) * int(str(run["world_size"])), "one row a step, layer and rank"
-    findings = httpx.get(f"{stack.url}/v1/runs/{run['id']}/findings").raise_for_status().json()
+    assert run["last_step"] == STEPS - 1
+    layers = httpx.get(f"{stack.url}/v1/runs/{name}/layers").raise_for_status().json()["layers"]
+    assert run["rows"] == STEPS * len(layers) * run["world_size"], "one row a step, layer and rank"
+    findings = httpx.get(f"{stack.url}/v1/runs/{name}/findings").raise_for_status().json()
     assert findings["findings"], "the answer is never empty"
 
 
@@ -109,10 +131,31 @@ def test_the_dashboard_answers_through_the_published_port(stack: Stack) -> None:
     assert "text/html" in page.headers["content-type"]
 
 
-def test_neither_container_runs_as_root(stack: Stack) -> None:
-    assert "10001" in stack.compose("exec", "-T", "service", "id", "-u")
-    for name in ("service", "worker"):
-        assert "USER brn" in (ROOT / "docker" / f"{name}.Dockerfile").read_text()
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+def test_a_browser_draws_the_run_through_the_published_port(stack: Stack) -> None:
+    (run,) = stack.runs()
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as browser:
+        page = browser.new_page()
+        page.set_default_timeout(120_000)
+        page.goto(stack.url)
+        page.locator(f"a[href*='{run}']").first.click()
+        page.locator(".js-plotly-plot").first.wait_for()
+
+
+def test_the_containers_have_no_root_no_capability_and_nothing_to_write_to_but_their_volume(stack: Stack) -> None:
+    assert "10001" in stack.inside("id", "-u")
+    status = dict(line.split(":", 1) for line in stack.inside("cat", "/proc/self/status").splitlines() if ":" in line)
+    assert {int(status[name], 16) for name in ("CapEff", "CapBnd")} == {0}
+    assert status["NoNewPrivs"].strip() == "1"
+    assert "Read-only file system" in stack.inside("touch", "/etc/brn", fails=True)
+    stack.inside("touch", "/var/lib/brn/probe", "/tmp/probe")
+    assert "USER brn" in (ROOT / "docker" / "worker.Dockerfile").read_text()
+
+
+def test_another_address_than_loopback_wants_a_token(stack: Stack) -> None:
+    said = stack.compose("run", "--rm", "--no-deps", "service", fails=True, BRN_BIND="0.0.0.0", BRN_PORT="0")
+    assert "refusing to listen on 0.0.0.0 without a token" in said
+    assert "BRN_SERVICE_TOKEN=" in said
 
 
 def test_without_a_gpu_the_worker_says_so_once_and_trains_on_the_cpu(stack: Stack) -> None:
@@ -120,3 +163,12 @@ def test_without_a_gpu_the_worker_says_so_once_and_trains_on_the_cpu(stack: Stac
         pytest.skip("this host has a GPU")
     logs = stack.compose("logs", "worker")
     assert logs.lower().count("no cuda device") == 1, logs[-2000:]
+
+
+def test_rows_outlive_the_containers(stack: Stack) -> None:
+    before = stack.runs()
+    stack.compose("down")
+    stack.compose("up", "-d", "--no-build", "service")
+    _eventually("the service's return", lambda: httpx.get(f"{stack.url}/readyz").is_success, stack)
+    after = stack.runs()
+    assert {name: run["rows"] for name, run in after.items()} == {name: run["rows"] for name, run in before.items()}

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,39 +159,6 @@ def test_a_run_that_turns_nan_ends_cleanly_and_names_layer_rank_and_step(folder:
     assert heatmap["values"][row][heatmap["steps"].index(step)] in ("NaN", "Infinity")
     assert finished(url, "nan")["rows"] == 40 * LAYERS, "a diverging run is recorded to its end"
     assert "NH-NONFINITE" in output
-
-
-def test_a_service_that_comes_late_and_is_killed_in_the_middle_loses_no_row(tmp_path: Path) -> None:
-    port, steps = free_port(), 600
-    url = f"http://127.0.0.1:{port}"
-    serve = [sys.executable, "-m", "dashboard", "--port", str(port), "--store", f"chdb://{tmp_path / 'store'}"]
-    trainer = [sys.executable, "-m", "brn_core.worker", "--url", url, "--spool", str(tmp_path / "spool")]
-    trainer += ["--run-id", "cut", "--dataset", "synthetic", "--image-size", "8", "--device", "cpu"]
-    trainer += ["--steps", str(steps), "--no-summary"]
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
-    with ExitStack() as stack:
-
-        def start(command: list[str], **more: Any) -> subprocess.Popen[bytes]:
-            process = stack.enter_context(subprocess.Popen(command, **quiet, **more))
-            stack.callback(process.kill)
-            return process
-
-        training = start(trainer, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        eventually(lambda: list(tmp_path.glob("spool/cut/rank-0/*")), "rows in the spool", 60)
-        first = start(serve)
-        eventually(lambda: httpx.get(f"{url}/v1/runs/cut").is_success and get(url, "cut")["rows"] > 0, "first rows", 60)
-        first.kill()
-        first.wait()
-        assert training.poll() is None, "training ended before the service was killed: it proved nothing"
-        start(serve)
-        assert training.wait(120) == 0
-        drain = [sys.executable, "-m", "brn_core.spool", str(tmp_path / "spool"), "--url", url]
-        eventually(lambda: httpx.get(f"{url}/readyz").is_success, "second start")
-        for _ in range(2):  # the second time there is nothing left to send
-            subprocess.run(drain, check=True, capture_output=True)
-        assert finished(url, "cut")["rows"] == steps * LAYERS
-        series = get(url, f"cut/series?stat=samples&layer=0&points={steps}")
-        assert series["steps"] == list(range(steps))
 
 
 @pytest.mark.parametrize(

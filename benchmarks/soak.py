@@ -1,0 +1,324 @@
+"""Does the service hold up for long, killed again and again? Memory, lost rows, and how long ranks and readers wait.
+
+    python benchmarks/soak.py [--minutes 30] [--kill-seconds 120] [--save]
+
+Eight rank processes each send a batch of 20 steps x 54 layers with every column once a second, and after an outage what
+is due since, as fast as it is taken; one that was not acknowledged is sent again. A reader asks what a browser asks of
+a run page, over and over, and holds an event stream open. Meanwhile the service is killed (SIGKILL) at regular
+intervals and started again on the same store. At the end, each acknowledged row is looked for in the store.
+
+Memory is the resident one of the service. Each life of it begins anew, so there are two slopes: over the seconds of a
+life, past its first quarter, and from the end of one life to the end of the next, while the store grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from brn_core import wire
+from service.settings import Settings
+from service.store import Store
+
+if __package__:
+    from benchmarks.ingest import LAYERS, RANKS, STEPS, create, resident_mb, tables
+else:  # run as a script
+    from ingest import LAYERS, RANKS, STEPS, create, resident_mb, tables
+
+PERIOD_SECONDS = 1.0
+"""Between two batches of a rank: 20 recorded steps a second."""
+READ_SECONDS = 1.0
+"""Between two rounds of the reader."""
+PAGES = (
+    "/",
+    "/runs/bench",
+    "/v1/runs",
+    "/v1/runs/bench",
+    "/v1/runs/bench/findings",
+    "/v1/runs/bench/summary",
+    "/v1/runs/bench/heatmap?stat=gap&points=300",
+    "/v1/runs/bench/series?stat=r_q95&stat=clip_r&layer=0&points=400",
+    "/v1/runs/bench/scalars",
+)
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+
+def rank_process(port: int, rank: int, begin: Any, stop: Any, answers: Any) -> None:
+    """Sends until `stop`, and the last batch until it is acknowledged; puts (batches, [seconds each], sent again)."""
+    rng = np.random.default_rng(rank)
+    took: list[float] = []
+    seq, again = 0, 0
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    begin.wait(600)
+    began = time.monotonic()
+    while not stop.wait(max(0.0, began + seq * PERIOD_SECONDS - time.monotonic())):
+        body = wire.encode_batch(tables(rng, 1 + STEPS * seq))
+        path = f"/v1/runs/bench/batches?rank={rank}&seq={seq}"
+        while True:
+            sent = time.perf_counter()
+            try:
+                connection.request("POST", path, body, {"Content-Type": wire.MEDIA_TYPE})
+                answer = connection.getresponse()
+                answer.read()
+            except (OSError, http.client.HTTPException):
+                connection.close()
+                again += 1
+                time.sleep(0.2)
+                continue
+            if answer.status == 200:
+                took.append(time.perf_counter() - sent)
+                break
+            if answer.status not in (429, 503, 507):
+                raise RuntimeError(f"rank {rank}, batch {seq}: {answer.status} {answer.reason}")
+            again += 1
+            time.sleep(float(answer.headers.get("retry-after", 1)))
+        seq += 1
+    answers.put((seq, took, again))
+
+
+@dataclass
+class Reader:
+    """A browser on the run's page: asks for all of it in turn, and follows the events."""
+
+    url: str
+    stop: threading.Event = field(default_factory=threading.Event)
+    took: list[float] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    events: int = 0
+
+    def start(self) -> list[threading.Thread]:
+        threads = [threading.Thread(target=work, daemon=True) for work in (self._read, self._listen)]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def _read(self) -> None:
+        with httpx.Client(base_url=self.url, timeout=60, trust_env=False) as client:
+            while not self.stop.wait(READ_SECONDS):
+                with suppress(httpx.TransportError):  # the service was killed
+                    for page in PAGES:
+                        began = time.perf_counter()
+                        answer = client.get(page)
+                        self.took.append(time.perf_counter() - began)
+                        if not answer.is_success:
+                            self.failed.append(f"{page}: {answer.status_code}")
+
+    def _listen(self) -> None:
+        with httpx.Client(base_url=self.url, timeout=60, trust_env=False) as client:
+            while not self.stop.wait(READ_SECONDS):
+                with suppress(httpx.TransportError), client.stream("GET", "/v1/runs/bench/events") as stream:
+                    for line in stream.iter_lines():
+                        self.events += line.startswith("event:")
+                        if self.stop.is_set():
+                            break
+
+
+@dataclass
+class Service:
+    """`brn-serve` on one port and store, life after life; keeps (seconds of its life, MB) of each."""
+
+    store: Path
+    port: int
+    lives: list[list[tuple[float, float]]] = field(default_factory=list)
+    start_seconds: list[float] = field(default_factory=list)
+
+    def start(self) -> subprocess.Popen[str]:
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dashboard", "--port", str(self.port), "--store", f"chdb://{self.store}"],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert process.stdout is not None
+        if not process.stdout.readline().startswith("serving on"):
+            raise RuntimeError("the service did not start")
+        self.start_seconds.append(time.perf_counter() - began)
+        return process
+
+    def watch(self, process: subprocess.Popen[str], seconds: float) -> None:
+        """Reads its memory until a life is over."""
+        began, life = time.monotonic(), []
+        while (age := time.monotonic() - began) < seconds:
+            if process.poll() is not None:
+                raise RuntimeError(f"the service ended by itself, exit code {process.returncode}")
+            life.append((age, resident_mb(process.pid)))
+            time.sleep(min(1.0, seconds - age))
+        self.lives.append(life)
+
+
+def soak(minutes: float, kill_seconds: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        service = Service(Path(folder) / "store", port)
+        return _soak(service, minutes * 60, kill_seconds)
+
+
+def _soak(service: Service, seconds: float, kill_seconds: float) -> dict[str, Any]:
+    url = f"http://127.0.0.1:{service.port}"
+    context = multiprocessing.get_context("spawn")
+    begin, stop, answers = context.Event(), context.Event(), context.Queue()
+    ranks = [context.Process(target=rank_process, args=(service.port, k, begin, stop, answers)) for k in range(RANKS)]
+    reader = Reader(url)
+    process = service.start()
+    try:
+        with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+            create(client, RANKS)
+        for rank in ranks:
+            rank.start()
+        threads = reader.start()
+        begin.set()
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > kill_seconds:
+            service.watch(process, kill_seconds)
+            process.kill()
+            process.wait()
+            process = service.start()
+        service.watch(process, max(left, 1.0))
+        stop.set()
+        reports = [answers.get(timeout=300) for _ in ranks]
+        for rank in ranks:
+            rank.join()
+        reader.stop.set()
+        process.send_signal(signal.SIGTERM)
+        ended = process.wait(120)
+        for thread in threads:
+            thread.join(120)
+    finally:
+        stop.set()
+        process.kill()
+        for rank in ranks:
+            if rank.is_alive():
+                rank.kill()
+    batches = sum(count for count, _, _ in reports)
+    lost, doubled, disk = _compare(service.store, batches)
+    took = np.concatenate([seconds for _, seconds, _ in reports])
+    settled, across = _slopes(service.lives)
+    return {
+        "minutes": seconds / 60,
+        "kills": len(service.lives) - 1,
+        "acknowledged": batches * STEPS * LAYERS,
+        "lost": lost,
+        "doubled": doubled,
+        "again": sum(again for _, _, again in reports),
+        "batch_p50_ms": 1e3 * float(np.percentile(took, 50)),
+        "batch_p99_ms": 1e3 * float(np.percentile(took, 99)),
+        "read_p50_ms": 1e3 * float(np.percentile(reader.took, 50)),
+        "read_p99_ms": 1e3 * float(np.percentile(reader.took, 99)),
+        "reads": len(reader.took),
+        "failed": len(reader.failed),
+        "events": reader.events,
+        "rss_mb": max(mb for life in service.lives for _, mb in life),
+        "slope_life": settled,
+        "slope_lives": across,
+        "start_seconds": max(service.start_seconds),
+        "disk_mb": disk / 2**20,
+        "exit_code": ended,
+    }
+
+
+def _compare(path: Path, batches: int) -> tuple[int, int, int]:
+    """(rows of `layers` that were acknowledged and are not there, rows there twice, bytes on disk)."""
+    store = Store(Settings(store=f"chdb://{path}"))
+    try:
+        found = store.rows(
+            "SELECT count() AS n, uniqExact(rank, step, layer) AS once FROM layers WHERE run_id = 'bench'"
+        )
+        (row,) = found.to_pylist()
+        return batches * STEPS * LAYERS - row["once"], row["n"] - row["once"], store.size_bytes()
+    finally:
+        store.close()
+
+
+def _slopes(lives: list[list[tuple[float, float]]]) -> tuple[float, float | None]:
+    """MB a minute within a life, past its first quarter, median over lives; and between the ends of full lives.
+
+    The second is None with fewer than three full lives.
+    """
+    within = []
+    for life in lives:
+        age, mb = np.array(life).T
+        late = age >= age[-1] / 4
+        if late.sum() >= 2:
+            within.append(float(np.polyfit(age[late] / 60, mb[late], 1)[0]))
+    full = lives[:-1]  # the last one is as long as is left
+    if len(full) < 3:
+        return float(np.median(within)), None
+    minutes = np.cumsum([life[-1][0] for life in full]) / 60
+    return float(np.median(within)), float(np.polyfit(minutes, [life[-1][1] for life in full], 1)[0])
+
+
+def report(found: dict[str, Any], kill_seconds: float) -> str:
+    across = found["slope_lives"]
+    rows = [
+        ("rows of `layers` acknowledged", f"{found['acknowledged']:,}", ""),
+        ("rows lost", f"{found['lost']:,}", "0"),
+        ("rows doubled", f"{found['doubled']:,}", "0"),
+        ("times the service was killed", f"{found['kills']}", ""),
+        ("batches sent again", f"{found['again']:,}", ""),
+        ("one batch, median, ms", f"{found['batch_p50_ms']:.0f}", ""),
+        ("one batch, p99, ms", f"{found['batch_p99_ms']:.0f}", ""),
+        ("one answer to the reader, median, ms", f"{found['read_p50_ms']:.0f}", ""),
+        ("one answer to the reader, p99, ms", f"{found['read_p99_ms']:.0f}", ""),
+        ("answers to the reader; failed", f"{found['reads']:,}; {found['failed']}", "none failed"),
+        ("events it was told", f"{found['events']:,}", ""),
+        ("resident memory, peak, MB", f"{found['rss_mb']:.0f}", ""),
+        ("its slope within a life, MB a minute", f"{found['slope_life']:+.1f}", "flat"),
+        ("its slope from life to life, MB a minute", "-" if across is None else f"{across:+.1f}", "flat"),
+        ("slowest start, s", f"{found['start_seconds']:.1f}", ""),
+        ("store on disk, MB", f"{found['disk_mb']:,.0f}", ""),
+        ("exit code of the clean stop", f"{found['exit_code']}", "0"),
+    ]
+    return "\n".join(
+        [
+            f"# Soak, {datetime.now(UTC):%Y-%m-%d}",
+            "",
+            f"`python benchmarks/soak.py --minutes {found['minutes']:g} --kill-seconds {kill_seconds:g}`: {RANKS} "
+            f"ranks, each {STEPS} steps x {LAYERS} layers x {len(wire.METRICS)} statistics every {PERIOD_SECONDS:g} s, "
+            f"one reader, {os.cpu_count()} cores for all of them.",
+            "",
+            "| | measured | wanted |",
+            "|---|---|---|",
+            *(f"| {what} | {value} | {wanted} |" for what, value, wanted in rows),
+            "",
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--minutes", type=float, default=30, help="length of the soak")
+    parser.add_argument("--kill-seconds", type=float, default=120, help="between two kills")
+    parser.add_argument("--save", action="store_true", help="write the table to benchmarks/results")
+    options = parser.parse_args()
+    found = soak(options.minutes, options.kill_seconds)
+    text = report(found, options.kill_seconds)
+    print(text)
+    if options.save:
+        (RESULTS / f"soak-{datetime.now(UTC):%Y-%m-%d}.md").write_text(text, encoding="utf-8")
+    return int(found["lost"] != 0 or found["doubled"] != 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
