@@ -202,7 +202,7 @@ class Batches:
     def _wait(self, waiting: Sequence[_Waiting]) -> None:
         for own in waiting:
             run_id, rank, seq = own.key
-            newest = self._newest_seq.setdefault(run_id, {})
+            newest = self._newest_seq[run_id]
             newest[rank] = max(seq, newest.get(rank, -1))
             row = own.row
             extent = self._runs.extent(run_id).with_batch(
@@ -246,14 +246,18 @@ class Batches:
         """Which of these are stored already."""
         if self._journal is None:
             return self._keys_in("batches", keys)
-        for run_id in {run_id for run_id, _, _ in keys} - self._newest_seq.keys():
-            sql = "SELECT rank, max(seq) AS seq FROM batches WHERE run_id = {run:String} GROUP BY rank"
-            newest = self._engine.rows(sql, run=run_id).to_pylist()
-            self._newest_seq[run_id] = {row["rank"]: row["seq"] for row in newest}
+        self._look_up_newest({run_id for run_id, _, _ in keys})
         keys = {key for key in keys if key[2] <= self._newest_seq[key[0]].get(key[1], -1)}
         with self._changed:  # first: what is written meanwhile is then found in the engine
             waiting = keys & self._waiting.keys()
         return waiting | self._keys_in("batches", keys - waiting)
+
+    def _look_up_newest(self, run_ids: Collection[str]) -> None:
+        """Reads the newest seq of every rank that the engine has, of runs not asked about so far."""
+        for run_id in set(run_ids) - self._newest_seq.keys():
+            sql = "SELECT rank, max(seq) AS seq FROM batches WHERE run_id = {run:String} GROUP BY rank"
+            newest = self._engine.rows(sql, run=run_id).to_pylist()
+            self._newest_seq[run_id] = {row["rank"]: row["seq"] for row in newest}
 
     def _keys_in(self, table: str, keys: Iterable[BatchKey]) -> set[BatchKey]:
         """Those of the keys that have rows in a table of the engine."""
@@ -370,7 +374,8 @@ class Batches:
 
     def _tables_written(self, keys: Collection[BatchKey]) -> dict[BatchKey, set[str]]:
         """Which tables of batches that broke off are written."""
-        return {key: {table for table in (*TABLES, "batches") if self._keys_in(table, [key])} for key in keys}
+        with_rows = {table: self._keys_in(table, keys) for table in (*TABLES, "batches")}  # a scan each, for all keys
+        return {key: {table for table, written in with_rows.items() if key in written} for key in keys}
 
     def _insert(self, group: Sequence[_Waiting], skip: Mapping[BatchKey, set[str]], token: str | None = None) -> None:
         # Each insert waits for the disk a dozen times: the tables do it side by side. All end before one may fail.
@@ -421,6 +426,7 @@ class Batches:
         if missing:
             log.info("%d batches that the last process acknowledged are written", len(missing))
         self._unclear.update(missing)
+        self._look_up_newest({run_id for run_id, _, _ in missing})
         self._wait([found[key] for key in sorted(missing)])
         with self._engine.writing(), suppress(ServiceError):  # it goes on waiting, and the journal has it
             self._write_waiting()

@@ -129,9 +129,13 @@ class Journal:
                 _sync_folder(self._folder.parent)
             self._number += 1
             path = self._folder / f"{self._number:012d}.page"
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            self._size = 0
-            _sync_folder(self._folder)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            try:
+                _sync_folder(self._folder)
+            except OSError:  # its name may not outlive a power failure: nothing is acknowledged by this page
+                os.close(file)
+                raise
+            self._file, self._size = file, 0
         return self._file
 
 

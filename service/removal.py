@@ -46,7 +46,12 @@ class Removal:
         self._deleted.update(run_ids)
 
     def remove(self, run_ids: Collection[str]) -> None:
-        """Removes what is left of deleted runs. However many they are, the engine goes through each table once."""
+        """Removes what is left of deleted runs. However many they are, the engine goes through each table once.
+
+        Takes a lock only where something may be left: a removal may take long, and nobody else waits for it.
+        """
+        if self._engine.embedded and self._deleted.isdisjoint(run_ids):
+            return
         with self._lock:
             if not self._engine.embedded:  # another replica may have broken off half-way
                 self._deleted.update(self._runs.deleted())
@@ -59,7 +64,10 @@ class Removal:
             self._deleted.difference_update(left)
 
     def thin(self, run_id: str, before: datetime, every: int) -> int | None:
-        """Keeps one in `every` steps of what came before a moment, the multiples of it, and rows of non-finite layers.
+        """Keeps one in `every` recorded steps of what came before a moment, and the rows of non-finite layers.
+
+        Which ones is told by a hash of the step, so that it does not matter which steps were recorded (every tenth, or
+        the odd ones), nor into how many rounds of thinning they fall.
 
         The newest steps, which a diagnosis looks at, stay whole, and so do scalars and snapshots.
 
@@ -78,7 +86,7 @@ class Removal:
         with self._lock:
             for table, also in (("layers", " AND nonfinite_channels = 0"), ("probe", "")):
                 self._engine.remove(
-                    f"""DELETE FROM {table} WHERE run_id = {{run:String}} AND step % {{every:UInt64}} != 0
+                    f"""DELETE FROM {table} WHERE run_id = {{run:String}} AND intHash64(step) % {{every:UInt64}} != 0
                     AND step BETWEEN {{first:UInt64}} AND {{last:UInt64}}{also}""",
                     run=run_id,
                     first=first,

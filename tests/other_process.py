@@ -20,9 +20,9 @@ from service.settings import Settings
 from service.store import Batch, Store
 from synthetic import layer_rows, run_record, scalar_rows
 open_store = lambda: Store(Settings(store=f"chdb://{sys.argv[1]}"))
-def batch(seq, layers=2, run="a"):
+def batch(seq, layers=2, run="a", rank=0):
     tables = {"layers": layer_rows([seq], layers), "scalars": scalar_rows({"loss": [(seq, 1.0)]})}
-    return Batch(store.record(run), 0, seq, tables)
+    return Batch(store.record(run), rank, seq, tables)
 """
     return subprocess.run(
         [sys.executable, "-c", prelude + code, *map(str, arguments)],

@@ -198,7 +198,7 @@ def _cursor(sort: str, place: tuple[float | str, str]) -> str:
 def _place_of(cursor: str, sort: str) -> tuple[float | str, str]:
     try:
         order, value, run_id = json.loads(base64.urlsafe_b64decode(cursor))
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:  # no base64, no JSON, no three of them, or far too deep
         raise Invalid("cursor must be `next` of the page before") from error
     if order != sort or not isinstance(run_id, str) or isinstance(value, str) != (sort == "name"):
         raise Invalid(f"cursor belongs to another order than {sort!r}: begin again without it")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -190,7 +191,11 @@ def test_a_run_that_goes_away_between_two_pages_hides_no_other(client: httpx.Cli
 
 
 @pytest.mark.parametrize(
-    "cursor", ["x", "e30=", "WzFd", "WyJuYW1lIiwgMSwgImEiXQ==", "WyJjcmVhdGVkIiwgbnVsbCwgImEiXQ==", "é"]
+    "cursor",
+    [
+        *["x", "e30=", "WzFd", "WyJuYW1lIiwgMSwgImEiXQ==", "WyJjcmVhdGVkIiwgbnVsbCwgImEiXQ==", "é", "MQ==", "bnVsbA=="],
+        base64.urlsafe_b64encode(b"[" * 5000).decode(),
+    ],
 )
 def test_a_cursor_that_is_none_of_ours_is_refused(client: httpx.Client, cursor: str) -> None:
     answer = client.get("/v1/runs", params={"cursor": cursor})

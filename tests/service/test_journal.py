@@ -161,6 +161,35 @@ store.close()
     assert not (tmp_path / "store.journal").exists(), "a clean stop leaves everything with the engine"
 
 
+def test_repeats_of_what_the_engine_has_are_known_beside_what_the_journal_has(tmp_path: Path) -> None:
+    """Another rank's batch, and a newer one of the same rank: neither is in the journal when the process ends."""
+    store = tmp_path / "store"
+    killed = python(
+        f"""{DIES}
+store = open_store()
+store.put_run(run_record("a", 2, world_size=2), "running", datetime.now(UTC))
+put(batch(1, rank=1), batch(9))
+store.rows("SELECT 1")  # the engine has them
+put(batch(5))
+die()
+""",
+        store,
+    )
+    assert (killed.returncode, killed.stdout.split()) == (-9, ["stored"] * 3), killed.stderr
+    found = python(
+        """
+store = open_store()
+print(*store.put_batches([batch(1, rank=1), batch(9), batch(5)]))
+print(store.rows("SELECT rank, seq FROM batches ORDER BY rank, seq").to_pydict())
+store.close()
+""",
+        store,
+    )
+    assert found.stdout.splitlines() == ["duplicate duplicate duplicate", "{'rank': [0, 0, 1], 'seq': [5, 9, 1]}"], (
+        found.stderr
+    )
+
+
 def test_the_journal_brings_back_no_deleted_run_and_is_left_alone_by_another_version(tmp_path: Path) -> None:
     store = tmp_path / "store"
     killed = python(

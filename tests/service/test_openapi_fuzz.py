@@ -42,6 +42,7 @@ _JSON: Final = st.recursive(
 _BATCH: Final = {"layers": layer_rows([1], 2), "scalars": scalar_rows({"loss": [(1, 1.0)]})}
 _KNOWN: Final[dict[str, list[Any]]] = {
     "run": [RUN],
+    "cursor": ["MQ==", "bnVsbA==", "W10=", "WyJjcmVhdGVkIiwgMSwgImEiXQ=="],
     "code": ["NH-CLUSTERED"],
     "stat": ["gap", "clip_r"],
     "name": ["loss"],
