@@ -292,21 +292,22 @@ def _compare(path: Path, batches: int) -> tuple[int, int, int]:
 
 
 def _slopes(lives: list[list[tuple[float, float]]]) -> tuple[float, float | None]:
-    """MB a minute within a life, past its first quarter, median over lives; and from last quarter to last quarter.
+    """MB a minute within a life, in its second half, median over lives; and from last quarter to last quarter of lives.
 
-    Of full lives: the last one is as long as is left. The second is None with fewer than three of them.
+    Of full lives: the last one is as long as is left. The second is without the first life, whose store was empty, and
+    None with fewer than three others.
     """
     within, ends = [], []
     full = lives[:-1] or lives
     for life in full:
         age, mb = np.array(life).T
-        late = age >= age[-1] / 4
+        late = age >= age[-1] / 2
         within.append(float(np.polyfit(age[late] / 60, mb[late], 1)[0]))
         ends.append(float(np.median(mb[age >= age[-1] * 3 / 4])))
-    if len(full) < 3:
+    if len(full) < 4:
         return float(np.median(within)), None
     minutes = np.cumsum([life[-1][0] for life in full]) / 60
-    return float(np.median(within)), float(np.polyfit(minutes, ends, 1)[0])
+    return float(np.median(within)), float(np.polyfit(minutes[1:], ends[1:], 1)[0])
 
 
 def broken(found: dict[str, Any]) -> list[str]:
