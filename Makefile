@@ -37,12 +37,13 @@ format: .venv/.installed  ## let ruff format and fix what it can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: .venv/.installed  ## measure; tables land in benchmarks/results (the soak of half an hour is run by itself)
-	@for script in $(filter-out benchmarks/soak.py, $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: .venv/.installed  ## measure, a few hours; tables land in benchmarks/results (not the soak: benchmarks/soak.py)
+	@for name in layer recording ingest query pages verdicts; do \
+	  echo "== $$name"; $(BIN)/python benchmarks/$$name.py --save || exit 1; done
 
-release-check: .venv/.installed  ## version, links, wheel and sdist, known vulnerabilities of what is pinned
+release-check: .venv/.installed  ## version, links, wheel, sdist, known vulnerabilities of what is pinned (OFFLINE=1: not those)
 	@$(BIN)/python -m pytest -q tests/test_release.py
-	@$(BIN)/python .ci/release_check.py
+	@$(BIN)/python .ci/release_check.py $(if $(OFFLINE),--offline)
 
 clean:  ## remove what make made: .venv, caches, the demo's store
 	rm -rf .venv .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -38,42 +38,61 @@ from service.settings import Settings
 from service.store import Store
 
 if __package__:
-    from benchmarks.ingest import LAYERS, RANKS, STEPS, create, resident_mb, tables
+    from benchmarks.ingest import LAYERS, RANKS, STEPS, TARGETS, create, resident_mb, tables
 else:  # run as a script
-    from ingest import LAYERS, RANKS, STEPS, create, resident_mb, tables
+    from ingest import LAYERS, RANKS, STEPS, TARGETS, create, resident_mb, tables
 
 PERIOD_SECONDS = 1.0
 """Between two batches of a rank: 20 recorded steps a second."""
 READ_SECONDS = 1.0
 """Between two rounds of the reader."""
+RETRY_SECONDS = 0.2
+"""Before a page is asked for again, or a batch sent again, that met no service."""
+FLAT = {"slope_life": 20.0, "slope_lives": 5.0}
+"""MB a minute that memory may rise and count as flat: single readings are 40 MB apart, and a life is short."""
 PAGES = (
     "/",
     "/runs/bench",
+    "/runs/bench/fragment",
+    *(f"/runs/bench/figures/{name}?theme=light" for name in ("schedule", "heatmap", "causes", "scalars")),
+    "/runs/bench/ranks",
+    *(f"/runs/bench/figures/{name}?theme=light" for name in ("ranks", "rank-curves")),
     "/v1/runs",
-    "/v1/runs/bench",
     "/v1/runs/bench/findings",
-    "/v1/runs/bench/summary",
-    "/v1/runs/bench/heatmap?stat=gap&points=300",
     "/v1/runs/bench/series?stat=r_q95&stat=clip_r&layer=0&points=400",
-    "/v1/runs/bench/scalars",
 )
+"""What a browser fetches of a run and of its ranks, and a script besides."""
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
 
+@dataclass(frozen=True)
+class Sent:
+    """What one rank has to say at the end."""
+
+    batches: int
+    waited: list[float]
+    """Seconds from when a batch was due until it was acknowledged."""
+    took: list[float]
+    """Seconds of the request that was acknowledged."""
+    again: int
+    """Requests that were not."""
+
+
 def rank_process(port: int, rank: int, begin: Any, stop: Any, answers: Any) -> None:
-    """Sends until `stop`, and the last batch until it is acknowledged; puts (batches, [seconds each], sent again)."""
+    """Sends until `stop`, and the last batch until it is acknowledged; puts a `Sent`."""
     rng = np.random.default_rng(rank)
+    waited: list[float] = []
     took: list[float] = []
     seq, again = 0, 0
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     begin.wait(600)
     began = time.monotonic()
-    while not stop.wait(max(0.0, began + seq * PERIOD_SECONDS - time.monotonic())):
+    while not stop.wait(max(0.0, (due := began + seq * PERIOD_SECONDS) - time.monotonic())):
         body = wire.encode_batch(tables(rng, 1 + STEPS * seq))
         path = f"/v1/runs/bench/batches?rank={rank}&seq={seq}"
         while True:
-            sent = time.perf_counter()
+            sent = time.monotonic()
             try:
                 connection.request("POST", path, body, {"Content-Type": wire.MEDIA_TYPE})
                 answer = connection.getresponse()
@@ -81,25 +100,29 @@ def rank_process(port: int, rank: int, begin: Any, stop: Any, answers: Any) -> N
             except (OSError, http.client.HTTPException):
                 connection.close()
                 again += 1
-                time.sleep(0.2)
+                time.sleep(RETRY_SECONDS)
                 continue
             if answer.status == 200:
-                took.append(time.perf_counter() - sent)
+                now = time.monotonic()
+                took.append(now - sent)
+                waited.append(now - due)
                 break
             if answer.status not in (429, 503, 507):
                 raise RuntimeError(f"rank {rank}, batch {seq}: {answer.status} {answer.reason}")
             again += 1
             time.sleep(float(answer.headers.get("retry-after", 1)))
         seq += 1
-    answers.put((seq, took, again))
+    connection.close()
+    answers.put(Sent(seq, waited, took, again))
 
 
 @dataclass
 class Reader:
-    """A browser on the run's page: asks for all of it in turn, and follows the events."""
+    """A browser on the run's pages: asks for each in turn, again where nobody answers, and follows the events."""
 
     url: str
     stop: threading.Event = field(default_factory=threading.Event)
+    waited: list[float] = field(default_factory=list)
     took: list[float] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     events: int = 0
@@ -113,13 +136,25 @@ class Reader:
     def _read(self) -> None:
         with httpx.Client(base_url=self.url, timeout=60, trust_env=False) as client:
             while not self.stop.wait(READ_SECONDS):
-                with suppress(httpx.TransportError):  # the service was killed
-                    for page in PAGES:
-                        began = time.perf_counter()
-                        answer = client.get(page)
-                        self.took.append(time.perf_counter() - began)
-                        if not answer.is_success:
-                            self.failed.append(f"{page}: {answer.status_code}")
+                for page in PAGES:
+                    self.ask(client, page)
+
+    def ask(self, client: httpx.Client, page: str) -> None:
+        """Asks until there is an answer or the soak is over; one that is no success counts as failed."""
+        first = time.monotonic()
+        while not self.stop.is_set():
+            began = time.monotonic()
+            try:
+                answer = client.get(page)
+            except httpx.TransportError:  # the service was killed
+                self.stop.wait(RETRY_SECONDS)
+                continue
+            now = time.monotonic()
+            self.took.append(now - began)
+            self.waited.append(now - first)
+            if not answer.is_success:
+                self.failed.append(f"{page}: {answer.status_code}")
+            return
 
     def _listen(self) -> None:
         with httpx.Client(base_url=self.url, timeout=60, trust_env=False) as client:
@@ -197,7 +232,7 @@ def _soak(service: Service, seconds: float, kill_seconds: float) -> dict[str, An
             process = service.start()
         service.watch(process, max(left, 1.0))
         stop.set()
-        reports = [answers.get(timeout=300) for _ in ranks]
+        reports: list[Sent] = [answers.get(timeout=300) for _ in ranks]
         for rank in ranks:
             rank.join()
         reader.stop.set()
@@ -211,9 +246,8 @@ def _soak(service: Service, seconds: float, kill_seconds: float) -> dict[str, An
         for rank in ranks:
             if rank.is_alive():
                 rank.kill()
-    batches = sum(count for count, _, _ in reports)
+    batches = sum(sent.batches for sent in reports)
     lost, doubled, disk = _compare(service.store, batches)
-    took = np.concatenate([seconds for _, seconds, _ in reports])
     settled, across = _slopes(service.lives)
     return {
         "minutes": seconds / 60,
@@ -221,13 +255,13 @@ def _soak(service: Service, seconds: float, kill_seconds: float) -> dict[str, An
         "acknowledged": batches * STEPS * LAYERS,
         "lost": lost,
         "doubled": doubled,
-        "again": sum(again for _, _, again in reports),
-        "batch_p50_ms": 1e3 * float(np.percentile(took, 50)),
-        "batch_p99_ms": 1e3 * float(np.percentile(took, 99)),
-        "read_p50_ms": 1e3 * float(np.percentile(reader.took, 50)),
-        "read_p99_ms": 1e3 * float(np.percentile(reader.took, 99)),
+        "again": sum(sent.again for sent in reports),
+        "batch_waited_ms": _quantiles_ms([t for sent in reports for t in sent.waited]),
+        "batch_took_ms": _quantiles_ms([t for sent in reports for t in sent.took]),
+        "read_waited_ms": _quantiles_ms(reader.waited),
+        "read_took_ms": _quantiles_ms(reader.took),
         "reads": len(reader.took),
-        "failed": len(reader.failed),
+        "failed": reader.failed,
         "events": reader.events,
         "rss_mb": max(mb for life in service.lives for _, mb in life),
         "slope_life": settled,
@@ -236,6 +270,12 @@ def _soak(service: Service, seconds: float, kill_seconds: float) -> dict[str, An
         "disk_mb": disk / 2**20,
         "exit_code": ended,
     }
+
+
+def _quantiles_ms(seconds: list[float]) -> tuple[float, float, float]:
+    """Median, p99 and the longest, in ms."""
+    median, p99, longest = 1e3 * np.percentile(seconds, (50, 99, 100))
+    return float(median), float(p99), float(longest)
 
 
 def _compare(path: Path, batches: int) -> tuple[int, int, int]:
@@ -252,40 +292,71 @@ def _compare(path: Path, batches: int) -> tuple[int, int, int]:
 
 
 def _slopes(lives: list[list[tuple[float, float]]]) -> tuple[float, float | None]:
-    """MB a minute within a life, past its first quarter, median over lives; and between the ends of full lives.
+    """MB a minute within a life, in its second half, median over lives; and from last quarter to last quarter of lives.
 
-    The second is None with fewer than three full lives.
+    Of full lives: the last one is as long as is left. The second is without the first life, whose store was empty, and
+    None with fewer than three others.
     """
-    within = []
-    for life in lives:
+    within, ends = [], []
+    full = lives[:-1] or lives
+    for life in full:
         age, mb = np.array(life).T
-        late = age >= age[-1] / 4
-        if late.sum() >= 2:
-            within.append(float(np.polyfit(age[late] / 60, mb[late], 1)[0]))
-    full = lives[:-1]  # the last one is as long as is left
-    if len(full) < 3:
+        late = age >= age[-1] / 2
+        within.append(float(np.polyfit(age[late] / 60, mb[late], 1)[0]))
+        ends.append(float(np.median(mb[age >= age[-1] * 3 / 4])))
+    if len(full) < 4:
         return float(np.median(within)), None
     minutes = np.cumsum([life[-1][0] for life in full]) / 60
-    return float(np.median(within)), float(np.polyfit(minutes, [life[-1][1] for life in full], 1)[0])
+    return float(np.median(within)), float(np.polyfit(minutes[1:], ends[1:], 1)[0])
+
+
+def broken(found: dict[str, Any]) -> list[str]:
+    """The promises that this soak did not keep, a sentence each."""
+    said = []
+    if found["lost"] or found["doubled"]:
+        said.append(f"{found['lost']:,} rows lost, {found['doubled']:,} doubled; not one may be")
+    if found["failed"]:
+        said.append(f"{len(found['failed'])} answers to the reader failed, the first: {found['failed'][0]}")
+    if not found["events"]:
+        said.append("the reader was told of no event")
+    if found["exit_code"] != 0:
+        said.append(f"the clean stop ended with exit code {found['exit_code']}, not 0")
+    if found["rss_mb"] > TARGETS["rss_mb"]:
+        said.append(f"memory reached {found['rss_mb']:.0f} MB, more than {TARGETS['rss_mb']:.0f}")
+    for name, where in (("slope_life", "within a life"), ("slope_lives", "from life to life")):
+        if found[name] is not None and found[name] > FLAT[name]:
+            said.append(f"memory rose by {found[name]:.1f} MB a minute {where}, more than {FLAT[name]:g}")
+    return said
 
 
 def report(found: dict[str, Any], kill_seconds: float) -> str:
     across = found["slope_lives"]
+    waits = [
+        (f"{what}, {of}: median, p99, longest, ms", " / ".join(f"{ms:,.0f}" for ms in found[name]), "")
+        for what, of, name in (
+            ("one batch", "from when it was due", "batch_waited_ms"),
+            ("one batch", "its last request alone", "batch_took_ms"),
+            ("one answer to the reader", "from when it first asked", "read_waited_ms"),
+            ("one answer to the reader", "its last request alone", "read_took_ms"),
+        )
+    ]
     rows = [
         ("rows of `layers` acknowledged", f"{found['acknowledged']:,}", ""),
         ("rows lost", f"{found['lost']:,}", "0"),
         ("rows doubled", f"{found['doubled']:,}", "0"),
         ("times the service was killed", f"{found['kills']}", ""),
         ("batches sent again", f"{found['again']:,}", ""),
-        ("one batch, median, ms", f"{found['batch_p50_ms']:.0f}", ""),
-        ("one batch, p99, ms", f"{found['batch_p99_ms']:.0f}", ""),
-        ("one answer to the reader, median, ms", f"{found['read_p50_ms']:.0f}", ""),
-        ("one answer to the reader, p99, ms", f"{found['read_p99_ms']:.0f}", ""),
-        ("answers to the reader; failed", f"{found['reads']:,}; {found['failed']}", "none failed"),
-        ("events it was told", f"{found['events']:,}", ""),
-        ("resident memory, peak, MB", f"{found['rss_mb']:.0f}", ""),
-        ("its slope within a life, MB a minute", f"{found['slope_life']:+.1f}", "flat"),
-        ("its slope from life to life, MB a minute", "-" if across is None else f"{across:+.1f}", "flat"),
+        *waits,
+        ("answers to the reader", f"{found['reads']:,}", ""),
+        ("of them failed", f"{len(found['failed'])}", "0"),
+        ("events it was told", f"{found['events']:,}", "> 0"),
+        ("resident memory, peak, MB", f"{found['rss_mb']:.0f}", f"<= {TARGETS['rss_mb']}"),
+        ("its slope within a life, MB a minute", f"{found['slope_life']:+.1f}", f"<= {FLAT['slope_life']:g}"),
+        (
+            "its slope from life to life, MB a minute",
+            "-" if across is None else f"{across:+.1f}",
+            f"<= {FLAT['slope_lives']:g}",
+        ),
         ("slowest start, s", f"{found['start_seconds']:.1f}", ""),
         ("store on disk, MB", f"{found['disk_mb']:,.0f}", ""),
         ("exit code of the clean stop", f"{found['exit_code']}", "0"),
@@ -317,7 +388,9 @@ def main() -> int:
     print(text)
     if options.save:
         (RESULTS / f"soak-{datetime.now(UTC):%Y-%m-%d}.md").write_text(text, encoding="utf-8")
-    return int(found["lost"] != 0 or found["doubled"] != 0)
+    for promise in broken(found):
+        print(f"broken: {promise}", file=sys.stderr)
+    return int(bool(broken(found)))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,27 @@
 # The training worker. torch comes as the registry's default build, which brings its own CUDA libraries.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS build
-# The sources are mounted, not copied, and the cache keeps downloads between builds.
+# With vision: image files, and networks by name. The sources are mounted, not copied, and the cache keeps downloads between builds.
 RUN --mount=type=bind,target=/src --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/brn \
-    && /opt/brn/bin/pip install --disable-pip-version-check --constraint /src/constraints.txt '/src[train]'
+    && /opt/brn/bin/pip install --disable-pip-version-check --constraint /src/constraints.txt '/src[train,vision]'
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="brn-train" \
       org.opencontainers.image.description="Trains with Batch Renormalization and streams what normalization does" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.version="0.1.0"
-RUN useradd --uid 10001 --no-create-home --home-dir /var/lib/brn brn \
-    && mkdir -p /var/lib/brn && chown brn:brn /var/lib/brn
+# tini is process 1: a signal ends what it starts at any time, also while torch is being imported.
+RUN apt-get update && apt-get install -y --no-install-recommends tini && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
+    && useradd --uid 10001 --no-create-home --home-dir /var/lib/brn brn \
+    && mkdir -p /var/lib/brn /checkpoints /data && chown brn:brn /var/lib/brn /checkpoints
 COPY --from=build /opt/brn /opt/brn
 ENV PATH=/opt/brn/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    BRN_SPOOL=/var/lib/brn/spool
+    BRN_SPOOL=/var/lib/brn/spool \
+    BRN_DATA=/data
 USER brn
 WORKDIR /var/lib/brn
 VOLUME /var/lib/brn
-ENTRYPOINT ["brn-train"]
+ENTRYPOINT ["tini", "--", "brn-train"]

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 from chromium import CHROMIUM, FLAGS
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parent.parent
 STEPS = 600
+LONG_STEPS = 2000
+"""Of the training that is stopped and goes on."""
+MOST_BYTES = 850e6
+"""Of what the service's image adds to its base: the database engine is one file of 555 MB."""
+
+WITHOUT_GPU = ("docker-compose.yml", "docker/cpu.yml")
 
 pytestmark = pytest.mark.containers
 
@@ -40,14 +48,24 @@ class Stack:
     """The compose file, up in a project and on a port of its own."""
 
     command: list[str]
+    files: tuple[str, ...]
     port: int
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def project(self) -> str:
+        return f"brn-test-{os.getpid()}"
+
+    @property
+    def compose_command(self) -> list[str]:
+        files = [part for file in self.files for part in ("-f", file)]
+        return [*self.command, *files, "-p", self.project]
+
     def compose(self, *arguments: str, fails: bool = False, **environment: str) -> str:
-        command = [*self.command, "-p", f"brn-test-{os.getpid()}", *arguments]
+        command = [*self.compose_command, *arguments]
         ours = {"BRN_PORT": str(self.port), "BRN_STEPS": str(STEPS), "BRN_RUN_NAME": "in-a-container"}
         done = subprocess.run(
             command,
@@ -61,12 +79,27 @@ class Stack:
         assert (done.returncode != 0) == fails, f"{shlex.join(command)}\n{done.stdout[-4000:]}"
         return done.stdout
 
-    def inside(self, *command: str, fails: bool = False) -> str:
-        return self.compose("exec", "-T", "service", *command, fails=fails)
+    def inside(self, *command: str, service: str = "service", fails: bool = False) -> str:
+        return self.compose("exec", "-T", service, *command, fails=fails)
+
+    def inspect(self, service: str, what: str) -> str:
+        """What the engine knows of a service's container, by a Go template."""
+        engine = "docker" if self.command[0] == "docker" else "podman"
+        labels = (f"com.docker.compose.project={self.project}", f"com.docker.compose.service={service}")
+        named = [part for label in labels for part in ("--filter", f"label={label}")]
+        (container,) = _said(engine, "ps", "--all", "--quiet", *named).split()
+        return _said(engine, "inspect", "--format", what, container).strip()
+
+    def exit_code(self, service: str) -> int:
+        return int(self.inspect(service, "{{.State.ExitCode}}"))
 
     def runs(self) -> dict[str, dict[str, Any]]:
         answer = httpx.get(f"{self.url}/v1/runs").raise_for_status().json()
         return {run["id"]: run for run in answer["runs"]}
+
+
+def _said(*command: str) -> str:
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +107,11 @@ def stack() -> Iterator[Stack]:
     command = _compose_command()
     if command is None:
         pytest.skip("neither a docker engine nor podman-compose is here; BRN_COMPOSE may name another compose command")
-    files = ["-f", "docker-compose.yml"] if _has_gpu_runtime() else ["-f", "docker-compose.yml", "-f", "docker/cpu.yml"]
+    files = ("docker-compose.yml",) if _has_gpu_runtime() else WITHOUT_GPU
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    stack = Stack([*command, *files], port)
+    stack = Stack(command, files, port)
     try:
         stack.compose("up", "-d", "--build")
         yield stack
@@ -143,13 +176,35 @@ def test_a_browser_draws_the_run_through_the_published_port(stack: Stack) -> Non
 
 
 def test_the_containers_have_no_root_no_capability_and_nothing_to_write_to_but_their_volume(stack: Stack) -> None:
-    assert "10001" in stack.inside("id", "-u")
-    status = dict(line.split(":", 1) for line in stack.inside("cat", "/proc/self/status").splitlines() if ":" in line)
-    assert {int(status[name], 16) for name in ("CapEff", "CapBnd")} == {0}
+    _locked(stack, "service", "/var/lib/brn", "/tmp")
+
+
+def _locked(stack: Stack, service: str, *writable: str) -> None:
+    """A running container, asked from inside."""
+    assert stack.inside("id", "-u", service=service).split()[-1] == "10001"
+    lines = stack.inside("cat", "/proc/self/status", service=service).splitlines()
+    status = dict(line.split(":", 1) for line in lines if ":" in line)
+    assert {int(status[name], 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapAmb")} == {0}
     assert status["NoNewPrivs"].strip() == "1"
-    assert "Read-only file system" in stack.inside("touch", "/etc/brn", fails=True)
-    stack.inside("touch", "/var/lib/brn/probe", "/tmp/probe")
-    assert "USER brn" in (ROOT / "docker" / "worker.Dockerfile").read_text()
+    assert "Read-only file system" in stack.inside("touch", "/etc/brn", service=service, fails=True)
+    stack.inside("touch", *(f"{folder}/probe" for folder in writable), service=service)
+    limits = stack.inspect(service, "{{.HostConfig.Memory}} {{.HostConfig.PidsLimit}}").split()
+    assert all(int(limit) > 0 for limit in limits), "memory and processes are limited"
+
+
+def test_the_image_of_the_service_is_small_and_has_neither_torch_nor_a_compiler(stack: Stack) -> None:
+    (size,) = (line.split()[0] for line in stack.inside("du", "-sb", "/opt/brn").splitlines() if "/opt/brn" in line)
+    assert int(size) <= MOST_BYTES
+    stack.inside("sh", "-c", "for c in cc c++ gcc g++ clang; do ! command -v $c || exit 1; done")
+    assert "No module named 'torch'" in stack.inside("python", "-c", "import torch", fails=True)
+
+
+def test_the_check_of_health_asks_the_service(stack: Stack) -> None:
+    file = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
+    how, *command = file["services"]["service"]["healthcheck"]["test"]
+    assert how == "CMD"
+    stack.inside(*command)
+    stack.inside(*(part.replace("8321", "8322") for part in command), fails=True)
 
 
 def test_another_address_than_loopback_wants_a_token(stack: Stack) -> None:
@@ -165,6 +220,36 @@ def test_without_a_gpu_the_worker_says_so_once_and_trains_on_the_cpu(stack: Stac
     assert logs.lower().count("no cuda device") == 1, logs[-2000:]
 
 
+def test_a_training_that_is_stopped_or_killed_goes_on_where_it_was(stack: Stack) -> None:
+    """With docker/cpu.yml, as a host without a GPU has it."""
+    stack = replace(stack, files=WITHOUT_GPU)
+    job = {"BRN_RUN_ID": "stopped", "BRN_STEPS": str(LONG_STEPS), "BRN_CHECKPOINT_EVERY": "50"}
+    job |= {"BRN_CHECKPOINT": "/checkpoints/stopped", "BRN_RESUME": "true"}
+
+    stack.compose("up", "-d", "--no-build", "worker", **job)
+    stack.compose("stop", "worker", **job)
+    assert stack.exit_code("worker") in (128 + 15, 130), "it was still starting, and ended by the first signal"
+
+    stack.compose("up", "-d", "--no-build", "worker", **job)
+    _eventually("rows", lambda: stack.runs().get("stopped", {}).get("rows"), stack)
+    _locked(stack, "worker", "/var/lib/brn", "/checkpoints", "/tmp")
+    assert stack.runs()["stopped"]["status"] == "running", "training ended before it was stopped: it proved nothing"
+    stack.compose("stop", **job)
+    assert (stack.exit_code("worker"), stack.exit_code("service")) == (130, 0)
+
+    stack.compose("up", "-d", "--no-build", **job)
+    _eventually("the service's return", lambda: httpx.get(f"{stack.url}/readyz").is_success, stack)
+    before = stack.runs()["stopped"]["rows"]
+    _eventually("more rows", lambda: stack.runs()["stopped"]["rows"] > before, stack)
+    stack.inside("sh", "-c", "kill -KILL -1", service="worker")  # all but process 1, which then says that it failed
+    assert stack.runs()["stopped"]["status"] != "finished", "training ended before it was killed: it proved nothing"
+
+    _eventually("the end of training", lambda: stack.runs()["stopped"]["status"] == "finished", stack)
+    run = stack.runs()["stopped"]
+    layers = httpx.get(f"{stack.url}/v1/runs/stopped/layers").raise_for_status().json()["layers"]
+    assert run["rows"] == LONG_STEPS * len(layers), "one row a step and layer: none twice, none missing"
+
+
 def test_rows_outlive_the_containers(stack: Stack) -> None:
     before = stack.runs()
     stack.compose("down")
@@ -172,3 +257,29 @@ def test_rows_outlive_the_containers(stack: Stack) -> None:
     _eventually("the service's return", lambda: httpx.get(f"{stack.url}/readyz").is_success, stack)
     after = stack.runs()
     assert {name: run["rows"] for name, run in after.items()} == {name: run["rows"] for name, run in before.items()}
+
+
+def test_a_backup_as_the_operations_page_has_it_is_restored_into_a_new_volume(stack: Stack, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^docker compose .*$", text, flags=re.MULTILINE)
+    (restore,) = (line for line in lines if "<" in line)
+
+    def paste(line: str) -> None:
+        command = line.replace("docker compose", shlex.join(stack.compose_command), 1)
+        command = command.replace("store.tar", shlex.quote(str(tmp_path / "store.tar")))
+        subprocess.run(["bash", "-c", command], cwd=ROOT, check=True, env=os.environ | {"BRN_PORT": str(stack.port)})
+
+    def rows() -> dict[str, int]:
+        _eventually("the service's return", lambda: httpx.get(f"{stack.url}/readyz").is_success, stack)
+        return {name: run["rows"] for name, run in stack.runs().items()}
+
+    before = rows()
+    assert before
+    for line in lines:
+        if line != restore:
+            paste(line)
+    assert rows() == before, "it goes on"
+    stack.compose("down", "-v")
+    paste(restore)
+    stack.compose("up", "-d", "--no-build", "service")
+    assert rows() == before

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic.alias_generators import to_camel
 
+from brn_core.worker.ranks import _GRACE_SECONDS
 from brn_core.worker.settings import Settings as TrainSettings
 from service.errors import ServiceError
 from service.settings import Settings
@@ -25,7 +26,14 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SERVICE_NAMES = {f"BRN_SERVICE_{field.upper()}" for field in Settings.model_fields}
 TRAIN_NAMES = {f"BRN_{field.upper()}" for field in TrainSettings.model_fields}
-COMPOSE_NAMES = {"BRN_BIND", "BRN_PORT"}  # of the compose files alone
+COMPOSE_NAMES = {"BRN_BIND", "BRN_PORT", "SERVICE_MEMORY", "WORKER_MEMORY", "CLICKHOUSE_MEMORY", "CLICKHOUSE_PASSWORD"}
+"""Of the compose files alone."""
+COMPOSE_FILES = ["docker-compose.yml", "docker-compose.cluster.yml"]
+ANSWERED = {"BRN_SERVICE_STORE", "BRN_SERVICE_HOST", "BRN_SERVICE_PORT", "BRN_SERVICE_PUBLISHED_ON"} | {
+    "BRN_URL", "BRN_TOKEN", "BRN_SPOOL", "BRN_DATA", "BRN_RANKS",
+    "BRN_SYNC", "BRN_CONFIG", "BRN_DUMP_CONFIG", "BRN_PAPER", "BRN_SEEDS", "BRN_REGIMES", "BRN_OUTPUT",
+}  # fmt: skip
+"""Settings to which the compose files and images have an answer of their own, or which are for a command line."""
 PORT = Settings.model_fields["port"].default
 
 
@@ -50,52 +58,82 @@ def test_every_setting_that_a_page_names_exists(page: str) -> None:
 # -------- compose
 
 
-def _reset(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
-    assert isinstance(node, yaml.SequenceNode)
-    return loader.construct_sequence(node)
-
-
 class _Compose(yaml.SafeLoader):
-    """YAML with compose's own tag."""
+    """YAML with compose's own tag: what is reset is empty."""
 
 
-_Compose.add_constructor("!reset", _reset)
+_Compose.add_constructor("!reset", lambda loader, node: [])
 
 
 def compose(name: str) -> Any:
     return yaml.load((ROOT / name).read_text(encoding="utf-8"), Loader=_Compose)
 
 
-@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.cluster.yml"])
+@pytest.mark.parametrize("name", COMPOSE_FILES)
 def test_a_compose_file_sets_nothing_but_settings_and_mounts_nothing_that_it_does_not_declare(name: str) -> None:
     file = compose(name)
     ours = {name: part for name, part in file["services"].items() if part["image"] in ("brn-serve", "brn-train")}
     assert len(ours) >= 2
     for part in ours.values():
-        assert part["environment"].keys() <= settings_of(part["image"])
+        given = part["environment"]
+        assert given.keys() <= settings_of(part["image"])
+        handed_on = {name for name, value in given.items() if value is None}
+        assert handed_on == settings_of(part["image"]) - ANSWERED, "every other setting is handed on"
         assert (ROOT / part["build"]["dockerfile"]).is_file()
         assert part["read_only"]
         assert part["cap_drop"] == ["ALL"]
+    mounted = set()
     for part in file["services"].values():
         assert set(part.get("depends_on", [])) <= file["services"].keys()
         for volume in part.get("volumes", []):
-            source = volume.partition(":")[0]
+            source = re.sub(r"\$\{\w+:-(\w+)\}", r"\1", volume).partition(":")[0]
             assert source in file["volumes"] or (ROOT / source).is_file()
+            mounted.add(source)
         for port in part.get("ports", []):
             assert port.startswith("${BRN_BIND:-127.0.0.1}:"), "published on this machine alone, unless told otherwise"
             assert port.endswith(f":{PORT}")
+    assert file["volumes"].keys() <= mounted
     worker = file["services"]["worker"]["environment"]["BRN_URL"]
     host, _, port = worker.removeprefix("http://").partition(":")
     assert host in file["services"]
     assert int(port) == PORT
 
 
-@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.cluster.yml"])
-def test_a_compose_file_reads_what_the_example_of_its_environment_lists(name: str) -> None:
-    read = set(re.findall(r"\$\{(\w+)", (ROOT / name).read_text(encoding="utf-8"))) - {"CLICKHOUSE_PASSWORD"}
-    example = (ROOT / ".env.example").read_text(encoding="utf-8")
-    assert read == set(re.findall(r"^(\w+)=", example, flags=re.MULTILINE))
-    assert read <= SERVICE_NAMES | TRAIN_NAMES | COMPOSE_NAMES
+@pytest.mark.parametrize("name", COMPOSE_FILES)
+def test_what_a_compose_file_starts_may_be_left_running(name: str) -> None:
+    for service, part in compose(name)["services"].items():
+        assert part["restart"] in ("unless-stopped", "on-failure:3")
+        assert int(part["logging"]["options"]["max-file"]) > 1, "logs are rotated"
+        assert part["logging"]["options"]["max-size"]
+        assert part["deploy"]["resources"]["limits"]["memory"]
+        assert all("size=" in mount for mount in part.get("tmpfs", [])), "what lies in memory is limited"
+        if service != "worker":  # a training has no port to ask: its process is its health
+            assert part["healthcheck"]["test"]
+        if part["image"].startswith("brn-"):
+            assert int(part["stop_grace_period"].removesuffix("s")) > 2 * _GRACE_SECONDS
+            assert part["deploy"]["resources"]["limits"]["pids"]
+
+
+def test_both_compose_files_train_alike() -> None:
+    one, other = (compose(name)["services"]["worker"] for name in COMPOSE_FILES)
+    for part in (one, other):
+        del part["depends_on"], part["environment"]["BRN_URL"]
+    assert one == other
+
+
+def test_the_file_for_hosts_without_a_gpu_takes_back_the_reservation_and_nothing_else() -> None:
+    resources = {"reservations": {"devices": []}}
+    assert compose("docker/cpu.yml") == {"services": {"worker": {"deploy": {"resources": resources}}}}
+
+
+def test_the_example_of_the_environment_has_what_compose_files_ask_for_and_only_settings() -> None:
+    read = {
+        name for file in COMPOSE_FILES for name in re.findall(r"\$\{(\w+)", (ROOT / file).read_text(encoding="utf-8"))
+    }
+    example = set(re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert read <= example
+    assert example <= SERVICE_NAMES | TRAIN_NAMES | COMPOSE_NAMES
+    assert example & COMPOSE_NAMES == COMPOSE_NAMES
 
 
 def test_replicas_of_the_cluster_share_one_server_and_the_front_knows_them_all() -> None:
@@ -109,7 +147,11 @@ def test_replicas_of_the_cluster_share_one_server_and_the_front_knows_them_all()
         assert "secret" not in settings.store_shown
         assert settings.store_shown == "clickhouse://clickhouse:8123/brn"
     front = (ROOT / "docker" / "cluster.nginx.conf").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\s+server (\S+):8321", front, flags=re.MULTILINE)) == replicas.keys()
+    servers = re.findall(r"^\s+server (\S+):8321 (resolve)?", front, flags=re.MULTILINE)
+    assert {name for name, _ in servers} == replicas.keys()
+    assert all(resolve for _, resolve in servers), "looked up again: one may come back under another address"
+    assert "\nresolver 127.0.0.11 " in front
+    assert "    zone replicas " in front, "without which nginx refuses `resolve`"
     assert f"listen {PORT};" in front
 
 
@@ -121,10 +163,18 @@ def test_a_proxy_takes_what_the_service_takes_and_does_not_hold_events_back(conf
     assert conf.count("{") == conf.count("}")
 
 
+def test_caddy_hands_everything_on_to_the_service_and_holds_nothing_back() -> None:
+    (conf,) = blocks("deploy.md", "caddyfile")
+    assert f"reverse_proxy 127.0.0.1:{PORT} {{" in conf
+    assert "flush_interval -1" in conf
+    assert "max_size" not in conf, "Caddy limits no body by itself"
+    assert conf.count("{") == conf.count("}")
+
+
 # -------- systemd
 
 
-def test_the_unit_starts_the_service_on_the_store_that_it_may_write(tmp_path: Path) -> None:
+def test_the_unit_starts_the_service_on_the_store_that_it_may_write() -> None:
     (text,) = blocks("deploy.md", "ini")
     unit = configparser.ConfigParser(interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
@@ -138,11 +188,14 @@ def test_the_unit_starts_the_service_on_the_store_that_it_may_write(tmp_path: Pa
     assert store.parent == Path("/var/lib") / service["StateDirectory"]
     assert float(service["TimeoutStopSec"]) > Settings.model_fields["shutdown_seconds"].default
 
-    if analyze := shutil.which("systemd-analyze"):
-        file = tmp_path / "brn-serve.service"
-        file.write_text(text.replace("/opt/brn/bin/brn-serve", sys.executable), encoding="utf-8")
-        said = subprocess.run([analyze, "verify", file], capture_output=True, text=True, check=False).stderr
-        assert not [line for line in said.splitlines() if file.name in line], said
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze on the PATH")
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
+    (text,) = blocks("deploy.md", "ini")
+    file = tmp_path / "brn-serve.service"
+    file.write_text(text.replace("/opt/brn/bin/brn-serve", sys.executable), encoding="utf-8")
+    done = subprocess.run(["systemd-analyze", "verify", file], capture_output=True, text=True, check=False)
+    assert not [line for line in done.stderr.splitlines() if file.name in line], done.stderr
 
 
 # -------- Kubernetes

@@ -1,0 +1,164 @@
+"""Benchmarks that can be trusted: what `make bench` runs, and what the soak counts and promises."""
+
+from __future__ import annotations
+
+import queue
+import re
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks import soak
+
+ROOT = Path(__file__).parent.parent
+REFUSED_SECONDS = 0.25
+
+
+def test_make_bench_runs_every_benchmark_and_saves_its_table(tmp_path: Path) -> None:
+    """The recipe itself, with a python that only writes down what it was told to run."""
+    log = tmp_path / "log"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\n', encoding="utf-8")
+    python.chmod(0o755)
+    recipe = ["make", "--assume-old", ".venv/.installed", "bench", f"BIN={tmp_path}"]
+    subprocess.run(recipe, cwd=ROOT, check=True, capture_output=True)
+    ran = log.read_text(encoding="utf-8").splitlines()
+    assert all(line.endswith(" --save") for line in ran)
+    files = {ROOT / line.split()[0] for line in ran}
+    scripts = {
+        file
+        for file in (ROOT / "benchmarks").glob("*.py")
+        if re.search(r'add_argument\("--save"', file.read_text(encoding="utf-8"))
+    }
+    assert files == scripts - {ROOT / "benchmarks" / "soak.py"}, "what has a table to save"
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """Sends the first two requests away, takes the third."""
+
+    seen: list[str]
+    stop: threading.Event
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.seen.append(self.path)
+        if len(self.seen) <= 2:
+            self.close_connection = True  # without a word, as one that is killed
+            return
+        self._answer(200)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.seen.append(self.path)
+        if len(self.seen) > 2:
+            self.stop.set()
+        self._answer(200 if len(self.seen) > 2 else 429)
+
+    def _answer(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("retry-after", str(REFUSED_SECONDS))
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing() -> Iterator[tuple[type[_Refusing], int]]:
+    """A service that refuses twice, and its port."""
+    handler = type("Handler", (_Refusing,), {"seen": [], "stop": threading.Event()})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield handler, server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_batch_of_the_soak_waits_from_when_it_was_due_until_it_is_taken(
+    refusing: tuple[type[_Refusing], int],
+) -> None:
+    handler, port = refusing
+    begin, answers = threading.Event(), queue.SimpleQueue[soak.Sent]()
+    begin.set()
+    soak.rank_process(port, 0, begin, handler.stop, answers)
+    sent = answers.get_nowait()
+    assert handler.seen == ["/v1/runs/bench/batches?rank=0&seq=0"] * 3
+    assert (sent.batches, sent.again) == (1, 2)
+    assert sent.waited[0] >= sent.took[0] + 2 * REFUSED_SECONDS, "the time of both refusals is in it"
+
+
+def test_a_reader_of_the_soak_waits_from_when_it_first_asked_until_it_has_an_answer(
+    refusing: tuple[type[_Refusing], int],
+) -> None:
+    handler, port = refusing
+    reader = soak.Reader(f"http://127.0.0.1:{port}")
+    with httpx.Client(base_url=reader.url, trust_env=False) as client:
+        reader.ask(client, "/")
+    assert handler.seen == ["/"] * 3
+    assert reader.failed == []
+    assert len(reader.waited) == 1
+    assert reader.waited[0] >= reader.took[0] + 2 * soak.RETRY_SECONDS, "the time of both outages is in it"
+
+
+KEPT: dict[str, Any] = {
+    "lost": 0,
+    "doubled": 0,
+    "failed": [],
+    "events": 9,
+    "exit_code": 0,
+    "rss_mb": 900.0,
+    "slope_life": 0.5,
+    "slope_lives": None,
+}
+
+
+def test_a_soak_that_keeps_every_promise_has_nothing_to_say() -> None:
+    assert soak.broken(KEPT) == []
+
+
+@pytest.mark.parametrize(
+    ("measured", "says"),
+    [
+        ({"lost": 1}, "1 rows lost"),
+        ({"doubled": 3}, "3 doubled"),
+        ({"failed": ["/runs/bench: 500"]}, "/runs/bench: 500"),
+        ({"events": 0}, "no event"),
+        ({"exit_code": -9}, "exit code -9"),
+        ({"rss_mb": 1501.0}, "1501 MB"),
+        ({"slope_life": 400.0}, "400.0 MB a minute within a life"),
+        ({"slope_lives": 400.0}, "400.0 MB a minute from life to life"),
+    ],
+)
+def test_a_soak_says_which_promise_is_broken(measured: dict[str, Any], says: str) -> None:
+    (said,) = soak.broken(KEPT | measured)
+    assert says in said
+
+
+def test_the_reader_of_the_soak_asks_for_pages_that_there_are(client: httpx.Client) -> None:
+    soak.create(client, 1)
+    try:
+        assert {page: client.get(page).status_code for page in soak.PAGES} == dict.fromkeys(soak.PAGES, 200)
+    finally:
+        client.delete("/v1/runs/bench").raise_for_status()
+
+
+def test_the_soak_takes_its_slopes_where_memory_has_settled() -> None:
+    ages = range(100)
+    rising = [(float(age), 500.0 + age / 60) for age in ages]  # 1 MB a minute
+    warm = [(float(age), 100.0 if age < 45 else 500.0) for age in ages]  # flat in its second half
+    empty = [(float(age), 50.0) for age in ages]
+    assert soak._slopes([warm, warm, warm, rising])[0] == pytest.approx(0)
+    within, across = soak._slopes([rising, rising, rising, rising, empty])
+    assert within == pytest.approx(1)
+    assert across == pytest.approx(0)
+    assert soak._slopes([empty, warm, warm, warm, rising])[1] == pytest.approx(0), "from the second life on"
