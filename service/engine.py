@@ -39,6 +39,7 @@ class Engine:
 
     Attributes:
         embedded: the engine runs in this process, which is its only writer.
+        cluster: of the servers that keep the tables together; empty where one does.
 
     Raises:
         CannotStart: on opening, when the store is locked, not writable or not reachable.
@@ -47,6 +48,7 @@ class Engine:
     def __init__(self, settings: Settings) -> None:
         path = settings.store_path
         self.embedded = path is not None
+        self.cluster = settings.cluster
         self._settings = settings
         self._lock_file = _lock(path) if path is not None else None
         self._write_lock = threading.RLock()
@@ -150,9 +152,13 @@ class Engine:
         else:
             dsn, _, database = self._settings.store.rpartition("/")
             options["secure"] = self._settings.store.startswith("clickhouses://")
+        if self.cluster:
+            # Acknowledged once most servers have it, so that losing one loses nothing.
+            options["settings"]["insert_quorum"] = "auto"
         if not self._clients:
+            on = f" ON CLUSTER `{self.cluster}`" if self.cluster else ""
             with clickhouse_connect.get_client(dsn=dsn) as first:
-                first.command(f"CREATE DATABASE IF NOT EXISTS `{_identifier(database)}`")
+                first.command(f"CREATE DATABASE IF NOT EXISTS `{_identifier(database)}`{on}")
         client = clickhouse_connect.get_client(dsn=dsn, database=database, **options)
         self._clients.append(client)
         return client

@@ -23,6 +23,12 @@ class Settings(BaseSettings):
         description="Where rows live: `chdb://PATH` (embedded, relative or absolute directory) or "
         "`clickhouse://user:password@host:8123/database` (`clickhouses://` for TLS).",
     )
+    cluster: str = Field(
+        default="",
+        pattern=r"^\w*$",
+        description="Name of the ClickHouse cluster (in its `remote_servers`) on whose servers the tables are made and "
+        "replicated; unset: the one server of `BRN_SERVICE_STORE` keeps them alone.",
+    )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8321, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
     token: SecretStr | None = Field(
@@ -129,6 +135,12 @@ class Settings(BaseSettings):
     def _read_token_is_another(self) -> Self:
         if self.read_token is not None and (self.token is None or self.read_token == self.token):
             raise ValueError("the token that may only read wants another one that may write (BRN_SERVICE_TOKEN)")
+        return self
+
+    @model_validator(mode="after")
+    def _cluster_wants_a_server(self) -> Self:
+        if self.cluster and self.store_path is not None:
+            raise ValueError("BRN_SERVICE_CLUSTER wants a server: set BRN_SERVICE_STORE to clickhouse://...")
         return self
 
     @property

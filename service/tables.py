@@ -100,8 +100,9 @@ def columns(table: str) -> dict[str, str]:
     return own | {field.name: _column(field) for field in TABLES[table]}
 
 
-def _durable(window: int) -> str:
-    return f"non_replicated_deduplication_window = {window}, fsync_after_insert = 1, fsync_part_directory = 1"
+def _durable(embedded: bool, cluster: str) -> str:
+    window = f"{'' if cluster else 'non_'}replicated_deduplication_window = {_window(embedded)}"
+    return f"{window}, fsync_after_insert = 1, fsync_part_directory = 1"
 
 
 def _window(embedded: bool) -> int:
@@ -109,20 +110,24 @@ def _window(embedded: bool) -> int:
     return 0 if embedded else DEDUPLICATION_WINDOW
 
 
-def create_statements(embedded: bool) -> Iterator[str]:
-    """Makes the tables that do not exist yet."""
-    durable = _durable(_window(embedded))
+def create_statements(embedded: bool, cluster: str = "") -> Iterator[str]:
+    """Makes the tables that do not exist yet; of a cluster, on all of its servers, which replicate them."""
+    durable = _durable(embedded, cluster)
+    on, replicated = (f" ON CLUSTER `{cluster}`", "Replicated") if cluster else ("", "")
     for table in TABLES:
         # The first non-finite row is looked for in every diagnosis; the index skips the blocks that hold none.
         index = ", INDEX nonfinite nonfinite_channels TYPE minmax GRANULARITY 1" if table == "layers" else ""
         yield (
-            f"CREATE TABLE IF NOT EXISTS {table} ({', '.join(columns(table).values())}{index}) "
-            f"ENGINE = MergeTree ORDER BY ({_ROW_ORDER[table]}) SETTINGS {durable}, {_SMALL_BLOCKS}"
+            f"CREATE TABLE IF NOT EXISTS {table}{on} ({', '.join(columns(table).values())}{index}) "
+            f"ENGINE = {replicated}MergeTree ORDER BY ({_ROW_ORDER[table]}) SETTINGS {durable}, {_SMALL_BLOCKS}"
         )
     for table, rest in _RUN_TABLES.items():
         settings = "" if table in ("verdicts", "thinned") else f" SETTINGS {durable}"
-        yield f"CREATE TABLE IF NOT EXISTS {table} ({rest}{settings}"
-    yield "CREATE TABLE IF NOT EXISTS store_version (version UInt32) ENGINE = MergeTree ORDER BY version"
+        made = rest.replace("ENGINE = ", f"ENGINE = {replicated}")
+        yield f"CREATE TABLE IF NOT EXISTS {table}{on} ({made}{settings}"
+    yield (
+        f"CREATE TABLE IF NOT EXISTS store_version{on} (version UInt32) ENGINE = {replicated}MergeTree ORDER BY version"
+    )
 
 
 def bring_up_to_date(engine: Engine, unfinished: Path | None) -> None:
@@ -133,7 +138,7 @@ def bring_up_to_date(engine: Engine, unfinished: Path | None) -> None:
         unfinished: where an embedded store of version 2 listed the batches that were being written.
 
     Raises:
-        CannotStart: they are of a newer version.
+        CannotStart: they are of a newer version, or not replicated where they have to be.
     """
     version = _version(engine)
     if version is not None and version > STORE_VERSION:
@@ -141,8 +146,10 @@ def bring_up_to_date(engine: Engine, unfinished: Path | None) -> None:
             f"the store was written by a newer version ({version}, this one knows {STORE_VERSION}): "
             "update brn-diagnostics, or name another store with --store"
         )
-    for statement in create_statements(engine.embedded):
+    for statement in create_statements(engine.embedded, engine.cluster):
         engine.command(statement)
+    if engine.cluster:
+        _require_replicated(engine)
     _add_columns(engine)
     if version == STORE_VERSION:
         return
@@ -161,6 +168,18 @@ def _version(engine: Engine) -> int | None:
         return None
     found = engine.rows("SELECT max(version) AS version FROM store_version HAVING count() > 0")
     return found.column("version")[0].as_py() if found.num_rows else None
+
+
+def _require_replicated(engine: Engine) -> None:
+    """Tables that a single server had before it became one of a cluster stay what they were."""
+    sql = "SELECT name, engine FROM system.tables WHERE database = currentDatabase() ORDER BY name"
+    found = {row["name"]: row["engine"] for row in engine.rows(sql).to_pylist()}
+    alone = [name for name in (*RUN_TABLES, "runs", "store_version") if not found[name].startswith("Replicated")]
+    if alone:
+        raise CannotStart(
+            f"BRN_SERVICE_CLUSTER is set, but these tables were made without it: {', '.join(alone)}; "
+            "name another database in BRN_SERVICE_STORE, or convert them (ATTACH TABLE ... AS REPLICATED)"
+        )
 
 
 def _remove_unfinished(engine: Engine) -> None:

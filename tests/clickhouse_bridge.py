@@ -4,6 +4,8 @@ Run as `python clickhouse_bridge.py FOLDER PORT`, in a process of its own, as ch
 what clickhouse-connect sends: the statement in the body or as `query` beside inserted data, `database`, settings and
 `param_*` in the URL, bodies in lz4, zstd or gzip, answers in lz4 or gzip, errors with their code in a header. It does
 not know sessions, quotas, roles, external data, progress, nor errors in the middle of an answer.
+
+A database that is made ON CLUSTER is that of a cluster of one: its tables say that they are replicated, and are not.
 """
 
 from __future__ import annotations
@@ -54,6 +56,10 @@ _OF_THE_TRANSPORT: Final = {
 }
 """Names in the URL that are no settings of a statement; any other is one, or a parameter (`param_...`)."""
 
+CLUSTER: Final = "brn"
+"""The only cluster it belongs to."""
+_ON_CLUSTER: Final = re.compile(r" ON CLUSTER `(\w+)`")
+
 _INSERT: Final = re.compile(rb"(\s*INSERT\s+INTO\s[^;']*?)\sFORMAT\s+(\w+)\s*(?:\n|$)", re.IGNORECASE)
 _FORMAT: Final = re.compile(r"\sFORMAT\s+(\w+)\s*$", re.IGNORECASE)
 _CODE: Final = re.compile(r"Code: (\d+)")
@@ -76,6 +82,23 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
+def _alone(sql: str) -> str:
+    """A statement for a cluster as one for the engine here, which has no Keeper."""
+    if (on := _ON_CLUSTER.search(sql)) is not None:
+        if on[1] != CLUSTER:
+            raise RuntimeError(
+                f"Code: 701. DB::Exception: Requested cluster '{on[1]}' not found. (CLUSTER_DOESNT_EXIST)"
+            )
+        sql = sql.replace(on[0], "").replace("ENGINE = Replicated", "ENGINE = ")
+        sql = sql.replace(" replicated_deduplication_window", " non_replicated_deduplication_window")
+        if sql.startswith("CREATE TABLE") and "COMMENT" not in sql:
+            sql += " COMMENT 'on cluster'"
+    return sql.replace(
+        "SELECT name, engine FROM system.tables",
+        "SELECT name, concat(if(comment = 'on cluster', 'Replicated', ''), engine) AS engine FROM system.tables",
+    )
+
+
 def _execute(path: str, url: Mapping[str, str], body: bytes) -> tuple[Any, str]:
     """The result of a statement, and the name of its format. A connection of its own: what it sets ends with it."""
     insert = _INSERT.match(url["query"].encode() if "query" in url else body)
@@ -91,7 +114,7 @@ def _execute(path: str, url: Mapping[str, str], body: bytes) -> tuple[Any, str]:
             file.flush()
             into, form = (part.decode() for part in insert.groups())
             return connection.query(f"{into} FROM INFILE {_quoted(file.name)} FORMAT {form}"), form
-        sql = (url.get("query", "") + body.decode()).strip()
+        sql = _alone((url.get("query", "") + body.decode()).strip())
         named = _FORMAT.search(sql)
         form = named[1] if named else url.get("default_format", "TabSeparated")
         return connection.query(sql, form, params=parameters), form

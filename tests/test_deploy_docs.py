@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from xml.etree import ElementTree
 
 import httpx
 import pytest
@@ -30,6 +31,7 @@ COMPOSE_NAMES = {"BRN_BIND", "BRN_PORT", "SERVICE_MEMORY", "WORKER_MEMORY", "CLI
 """Of the compose files alone."""
 COMPOSE_FILES = ["docker-compose.yml", "docker-compose.cluster.yml"]
 ANSWERED = {"BRN_SERVICE_STORE", "BRN_SERVICE_HOST", "BRN_SERVICE_PORT", "BRN_SERVICE_PUBLISHED_ON"} | {
+    "BRN_SERVICE_CLUSTER",
     "BRN_URL", "BRN_TOKEN", "BRN_SPOOL", "BRN_DATA", "BRN_RANKS",
     "BRN_SYNC", "BRN_CONFIG", "BRN_DUMP_CONFIG", "BRN_PAPER", "BRN_SEEDS", "BRN_REGIMES", "BRN_OUTPUT",
 }  # fmt: skip
@@ -142,7 +144,7 @@ def test_replicas_of_the_cluster_share_one_server_and_the_front_knows_them_all()
     assert len(replicas) == 2
     for part in replicas.values():
         store = part["environment"]["BRN_SERVICE_STORE"].replace("${CLICKHOUSE_PASSWORD:?set it in .env}", "secret")
-        settings = Settings(store=store)
+        settings = Settings(store=store, cluster=part["environment"]["BRN_SERVICE_CLUSTER"])
         assert settings.store_path is None
         assert "secret" not in settings.store_shown
         assert settings.store_shown == "clickhouse://clickhouse:8123/brn"
@@ -153,6 +155,28 @@ def test_replicas_of_the_cluster_share_one_server_and_the_front_knows_them_all()
     assert "\nresolver 127.0.0.11 " in front
     assert "    zone replicas " in front, "without which nginx refuses `resolve`"
     assert f"listen {PORT};" in front
+
+
+def test_the_cluster_of_the_replicas_is_the_servers_and_every_name_in_it_is_a_container() -> None:
+    services = compose("docker-compose.cluster.yml")["services"]
+    mounted = {
+        name: ElementTree.parse(ROOT / volume.split(":")[0]).getroot()
+        for name, part in services.items()
+        for volume in part.get("volumes", ())
+        if ".xml:" in volume
+    }
+    server, keeper = mounted["clickhouse"], mounted["keeper"]
+    assert {cluster.tag for cluster in server.find("remote_servers")} == {
+        services["service-1"]["environment"]["BRN_SERVICE_CLUSTER"]
+    }
+    hosts = {host.text for host in server.iterfind("remote_servers//host")}
+    assert hosts == {"clickhouse"}
+    assert server.findtext("macros/replica") in hosts
+    assert server.findtext("zookeeper/node/host") == keeper.findtext("keeper_server//hostname") == "keeper"
+    assert server.findtext("zookeeper/node/port") == keeper.findtext("keeper_server/tcp_port")
+    (kept,) = [volume for volume in services["keeper"]["volumes"] if not volume.startswith(".")]
+    for path in ("log_storage_path", "snapshot_storage_path"):
+        assert keeper.findtext(f"keeper_server/{path}").startswith(kept.split(":")[1])
 
 
 @pytest.mark.parametrize("conf", [(ROOT / "docker" / "cluster.nginx.conf").read_text(), *blocks("deploy.md", "nginx")])

@@ -89,11 +89,11 @@ def replicas(bridge: Bridge) -> Iterator[tuple[httpx.Client, httpx.Client]]:
         yield first, second
 
 
-@pytest.fixture(scope="module")
-def stores(bridge: Bridge) -> Iterator[tuple[Store, Store]]:
+@pytest.fixture(scope="module", params=["", clickhouse_bridge.CLUSTER], ids=["one server", "cluster"])
+def stores(bridge: Bridge, request: pytest.FixtureRequest) -> Iterator[tuple[Store, Store]]:
     """Two stores over one database of their own."""
     with contextlib.ExitStack() as stack:
-        settings = Settings(store=bridge.store("two_stores"), readers=1)
+        settings = Settings(store=bridge.store(f"two_stores{request.param}"), cluster=request.param, readers=1)
         first, second = (stack.enter_context(contextlib.closing(Store(settings))) for _ in range(2))
         yield first, second
 
@@ -317,6 +317,29 @@ def test_two_replicas_may_open_an_empty_database_at_once_and_a_third_one_an_olde
         third.engine.insert("store_version", pa.table({"version": pa.array([99], pa.uint32())}))
     with pytest.raises(CannotStart, match=r"written by a newer version \(99, this one knows"):
         Store(settings)
+
+
+def test_every_table_of_a_cluster_is_made_on_all_its_servers_and_replicated(store: Store) -> None:
+    """In the engine's own grammar; that servers then replicate is Keeper's doing, and no test of ours."""
+    statements = list(tables.create_statements(embedded=False, cluster="brn"))
+    assert len(statements) == len({*tables.RUN_TABLES, "runs", "store_version"})
+    for statement in statements:
+        parsed = store.engine.rows("SELECT formatQuerySingleLine({statement:String}) AS text", statement=statement)
+        text = parsed.column("text")[0].as_py()
+        assert re.match(r"CREATE TABLE IF NOT EXISTS \w+ ON CLUSTER brn \(", text), text
+        assert re.search(r" ENGINE = Replicated(Replacing)?MergeTree(\(version\))? ORDER BY ", text), text
+        assert "non_replicated" not in text
+        assert ("replicated_deduplication_window = 10000" in text) == ("fsync_after_insert" in text), text
+
+
+def test_a_cluster_is_refused_where_it_is_unknown_or_the_tables_belong_to_one_server(
+    bridge: Bridge,
+) -> None:
+    with pytest.raises(CannotStart, match="cluster 'other' not found"):
+        Store(Settings(store=bridge.store("clustered"), cluster="other", readers=1))
+    Store(Settings(store=bridge.store("alone"), readers=1)).close()
+    with pytest.raises(CannotStart, match=r"BRN_SERVICE_CLUSTER is set, but these tables .*layers"):
+        Store(Settings(store=bridge.store("alone"), cluster=clickhouse_bridge.CLUSTER, readers=1))
 
 
 def test_a_wrong_password_is_one_line_that_does_not_repeat_it(bridge: Bridge) -> None:

@@ -53,6 +53,13 @@ def test_loopback_is_told_from_the_rest(host: str, expected: bool) -> None:
     assert Settings(host="0.0.0.0", published_on=host).is_exposed is expected
 
 
+def test_a_cluster_wants_a_server_and_a_plain_name() -> None:
+    with pytest.raises(ValidationError, match="BRN_SERVICE_CLUSTER wants a server"):
+        Settings(cluster="brn")
+    with pytest.raises(ValidationError, match="cluster"):
+        Settings(store="clickhouse://me:pw@host:8123/brn", cluster="a` b")
+
+
 def test_a_token_is_not_shown_when_settings_are_printed() -> None:
     assert "correct horse" not in repr(Settings(token="correct horse"))
 
