@@ -4,11 +4,17 @@
 
 Eight rank processes each send a batch of 20 steps x 54 layers with every column once a second, and after an outage what
 is due since, as fast as it is taken; one that was not acknowledged is sent again. A reader asks what a browser asks of
-a run page, over and over, and holds an event stream open. Meanwhile the service is killed (SIGKILL) at regular
-intervals and started again on the same store. At the end, each acknowledged row is looked for in the store.
+a run's pages and their figures, over and over, and holds an event stream open. Meanwhile the service is killed
+(SIGKILL) at regular intervals and started again on the same store. At the end, each acknowledged row is looked for.
 
-Memory is the resident one of the service. Each life of it begins anew, so there are two slopes: over the seconds of a
-life, past its first quarter, and from the end of one life to the end of the next, while the store grows.
+What ranks and readers wait counts from when a batch was due, or a page first asked for, until it was taken or answered:
+outages, refusals and what queued up behind them are in it. The last request alone says how fast the service is.
+
+Memory is the resident one of the service. Each life of it begins anew, so there are two slopes: over the last third of
+a life, and from the end of one life to the end of the next. A life fills its caches for over a minute, and most while a
+store is young: lives that are shorter, or few, are not flat.
+
+The exit code is 1 if a promise of the table's last column is broken; stderr says which.
 """
 
 from __future__ import annotations
@@ -292,7 +298,7 @@ def _compare(path: Path, batches: int) -> tuple[int, int, int]:
 
 
 def _slopes(lives: list[list[tuple[float, float]]]) -> tuple[float, float | None]:
-    """MB a minute within a life, in its second half, median over lives; and from last quarter to last quarter of lives.
+    """MB a minute within a life, in its last third, median over lives; and from last quarter to last quarter of lives.
 
     Of full lives: the last one is as long as is left. The second is without the first life, whose store was empty, and
     None with fewer than three others.
@@ -301,7 +307,7 @@ def _slopes(lives: list[list[tuple[float, float]]]) -> tuple[float, float | None
     full = lives[:-1] or lives
     for life in full:
         age, mb = np.array(life).T
-        late = age >= age[-1] / 2
+        late = age >= age[-1] * 2 / 3
         within.append(float(np.polyfit(age[late] / 60, mb[late], 1)[0]))
         ends.append(float(np.median(mb[age >= age[-1] * 3 / 4])))
     if len(full) < 4:

@@ -155,7 +155,7 @@ def test_the_reader_of_the_soak_asks_for_pages_that_there_are(client: httpx.Clie
 def test_the_soak_takes_its_slopes_where_memory_has_settled() -> None:
     ages = range(100)
     rising = [(float(age), 500.0 + age / 60) for age in ages]  # 1 MB a minute
-    warm = [(float(age), 100.0 if age < 45 else 500.0) for age in ages]  # flat in its second half
+    warm = [(float(age), 100.0 if age < 45 else 500.0) for age in ages]  # flat in its last third
     empty = [(float(age), 50.0) for age in ages]
     assert soak._slopes([warm, warm, warm, rising])[0] == pytest.approx(0)
     within, across = soak._slopes([rising, rising, rising, rising, empty])
