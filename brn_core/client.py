@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, Self
 
 import httpx
 
-from brn_core.wire import MEDIA_TYPE, RunCreate, RunUpdate
+from brn_core.wire import MEDIA_TYPE, RunCreate, RunUpdate, text_without_secrets, url_without_user
 
 SENDER_THREAD: Final = "brn-shipper"
 # httpx logs every request at INFO: a line a second in the log of a training that only asked to be watched
@@ -64,16 +64,18 @@ class Client:
     def __init__(self, url: str, *, token: str | None = None, timeout_seconds: float = 5.0) -> None:
         try:
             parsed = httpx.URL(url)
-        except (httpx.InvalidURL, TypeError) as error:
-            raise ValueError(f"url must look like http://127.0.0.1:8321, got {url!r}: {error}") from error
+        except (httpx.InvalidURL, TypeError):
+            raise ValueError(
+                f"url must look like http://127.0.0.1:8321, got {text_without_secrets(str(url))!r}"
+            ) from None
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ValueError(f"url must look like http://127.0.0.1:8321, got {url!r}")
+            raise ValueError(f"url must look like http://127.0.0.1:8321, got {text_without_secrets(url)!r}")
         if token is not None and not (token.isascii() and token.isprintable()):
             raise ValueError("token must be printable ASCII, as it travels in a header")
-        self.url = url.rstrip("/")
+        self.url = url_without_user(url).rstrip("/")  # what logs and answers show
         self._timeout_seconds = timeout_seconds
         self._http = httpx.Client(
-            base_url=self.url,
+            base_url=url.rstrip("/"),
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=timeout_seconds,
             limits=httpx.Limits(max_connections=1, keepalive_expiry=_IDLE_SECONDS),

@@ -238,42 +238,101 @@ MAX_SCALAR_NAME: Final = 200
 MAX_FAILURE: Final = 500
 """Most characters of what is said of a failed run."""
 
+MAX_NOTES: Final = 10_000
+"""Most characters of a run's notes."""
+
 RUN_ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 RunId = Annotated[str, StringConstraints(pattern=RUN_ID_PATTERN)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=60, strip_whitespace=True)]
-Notes = Annotated[str, StringConstraints(max_length=10_000)]
-Failure = Annotated[str, StringConstraints(max_length=MAX_FAILURE)]
 LayerKind = Literal["BatchRenorm", "BatchNorm", "SyncBatchNorm"]
 RunStatus = Literal["running", "finished", "failed"]
 
 
 HIDDEN: Final = "(hidden)"
 
-_SECRET_NAME: Final = re.compile(
-    r"(?:^|_)(?:\w*token|password|passwd|pwd|passphrase|authorization)$|secret|credential|(?:api|access|private)_?key"
+# Names whose values are secret. A number stays under most of them: `tokens` may count, `pass` may be the third of five.
+_SECRET_ALWAYS: Final = re.compile(r"secret|credential|(?:^|_)(?:\w*passwords?|passwd|pwd|passphrases?)$")
+_SECRET_TEXT: Final = re.compile(
+    r"(?:api|access|private)_?key|_key$|(?:^|_)(?:\w*token|pass|auth|authorization|bearer|cookies?)$"
+    r"|(?:^|(?:api|auth|access|refresh|bearer)_)tokens$"
 )
 _SPECIAL_TOKEN: Final = re.compile(r"[<\[].*[>\]]")  # a tokenizer's "pad_token": "<pad>" is none
-_PASSWORD_IN_URL: Final = re.compile(r"(?<=://)[^/@\s]+@")
+# A password may hold a slash, but `host:80/path@2` has none. Lengths are bounded: any text takes linear time.
+_USER_IN_URL: Final = re.compile(r"(?<=://)(?:[^/@\s]{1,500}|[^/@:\s]{0,200}:(?!\d+/)[^@?#\s]{0,300})@")
+_ASSIGNMENT: Final = re.compile(r"(?<![\w.-])(-{0,2}[A-Za-z_][\w.-]{0,60}=|--?[A-Za-z_][\w.-]{0,60} +)([^\s&#\"',;]+)")
+_BEARER: Final = re.compile(r"(\bbearer +)[\w.~+/=-]{8,}", re.IGNORECASE)
+
+_Shown = Literal["all", "numbers", "nothing"]
 
 
 def without_secrets(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """A run's settings without what should not be stored: texts under names like `api_key`, and passwords in URLs."""
-    return {name: _without_secrets(name, value) for name, value in config.items()}
+    """A run's settings without what should not be stored: all that stands below a name like `api_key`, `passwords` or
+    `credentials`, and in texts what `text_without_secrets` hides.
+    """
+    return {name: _without_secrets(value, _shown(name)) for name, value in config.items()}
 
 
-def _without_secrets(name: str, value: JsonValue) -> JsonValue:
+def text_without_secrets(text: str) -> str:
+    """A text without users and passwords in URLs, values after names like `?token=` or `--api-key`, bearer tokens."""
+    text = _BEARER.sub(rf"\1{HIDDEN}", _USER_IN_URL.sub(f"{HIDDEN}@", text))
+    return _ASSIGNMENT.sub(_assignment_without_secret, text)
+
+
+def url_without_user(url: str) -> str:
+    """A URL as it may be shown: without user and password."""
+    return _USER_IN_URL.sub("", url)
+
+
+def _shown(name: str) -> _Shown:
+    """What may be shown of the value of a name."""
+    plain = re.sub(r"\W", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)).lower()
+    if _SECRET_ALWAYS.search(plain):
+        return "nothing"
+    return "numbers" if _SECRET_TEXT.search(plain) else "all"
+
+
+def _assignment_without_secret(found: re.Match[str]) -> str:
+    name, value = found.groups()
+    if _shown(name.strip("-= ")) == "all" or _SPECIAL_TOKEN.fullmatch(value):
+        return found[0]
+    return f"{name}{HIDDEN}"
+
+
+def _without_secrets(value: JsonValue, shown: _Shown) -> JsonValue:
     match value:
         case dict():
-            return without_secrets(value)
+            return {
+                name: _without_secrets(one, _shown(name) if shown == "all" else shown) for name, one in value.items()
+            }
         case list():
-            return [_without_secrets(name, one) for one in value]
-        case str() if _SECRET_NAME.search(re.sub(r"\W", "_", name.lower())) and not _SPECIAL_TOKEN.fullmatch(value):
-            return HIDDEN if value else value
-        case str():
-            return _PASSWORD_IN_URL.sub(f"{HIDDEN}@", value)
-        case _:
+            flags = [one if isinstance(one, str) and one.startswith("-") else "" for one in ["", *value]]
+            # ["--token", "..."]: the name stands before its value
+            return [
+                _without_secrets(one, _shown(flag.lstrip("-")) if shown == "all" and not own else shown)
+                for flag, own, one in zip(flags, flags[1:], value, strict=False)
+            ]
+        case None | bool() | "":
             return value
+        case str() if shown == "all":
+            return text_without_secrets(value)
+        case str() if shown == "numbers" and _SPECIAL_TOKEN.fullmatch(value):
+            return value
+        case int() | float() if shown != "nothing":
+            return value
+        case _:
+            return HIDDEN
+
+
+# Hiding may lengthen a text by some signs: it is cut again.
+Notes = Annotated[
+    str, StringConstraints(max_length=MAX_NOTES), AfterValidator(lambda text: text_without_secrets(text)[:MAX_NOTES])
+]
+Failure = Annotated[
+    str,
+    StringConstraints(max_length=MAX_FAILURE),
+    AfterValidator(lambda text: text_without_secrets(text)[:MAX_FAILURE]),
+]
 
 
 class _Record(BaseModel):

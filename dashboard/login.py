@@ -22,7 +22,7 @@ FOREVER: Final = {"Cache-Control": "public, max-age=31536000, immutable", "Vary"
 """For files whose address changes with their content."""
 
 
-@router.get("/login")
+@router.get("/login", dependencies=[Depends(require_pace)])
 def login_page(request: Request, to: str = "/") -> Response:
     settings: Settings = request.app.state.settings
     if settings.token is None:  # nothing to log in to
@@ -58,7 +58,7 @@ def local_path(target: str) -> str:
     return target if target.startswith("/") and not target.startswith(("//", "/\\")) else "/"
 
 
-@router.get(f"/static/{PLOTLY_NAME}")
+@router.get(f"/static/{PLOTLY_NAME}", dependencies=[Depends(require_pace)])
 def plotly_script(request: Request) -> Response:
     """plotly.js as the wheel ships it. Its name holds the version, so browsers keep it for good."""
     if "gzip" not in request.headers.get("accept-encoding", ""):

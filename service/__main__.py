@@ -81,14 +81,7 @@ class _Server(uvicorn.Server):
 
 
 def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int:
-    config = uvicorn.Config(
-        app,
-        log_level="warning" if settings.log_level == "info" else settings.log_level,  # no line a request
-        access_log=False,  # `Guard` has its own, without queries
-        timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
-        lifespan="on",
-        server_header=False,
-    )
+    config = _config(app, settings)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving on http://{shown}:{port} (store {settings.store_shown})", flush=True)
@@ -98,6 +91,20 @@ def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int:
     with suppress(KeyboardInterrupt):
         _Server(config).run(sockets=[listener])
     return 0
+
+
+def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_level="warning" if settings.log_level == "info" else settings.log_level,  # no line a request
+        access_log=False,  # `Guard` has its own, without queries
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
+        lifespan="on",
+        server_header=False,
+        # uvicorn believes this machine's own processes by default: whoever reaches it there could take any address
+        proxy_headers=bool(settings.trusted_proxies.strip()),
+        forwarded_allow_ips=settings.trusted_proxies,
+    )
 
 
 def _settings(prog: str, argv: Sequence[str] | None, epilog: str = "") -> tuple[Settings, str | None]:

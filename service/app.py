@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from brn_core import __version__
 from service import events, history_routes, query_routes, routes
-from service.access import require_token
+from service.access import require_pace, require_token
 from service.diagnoser import Diagnoser
 from service.errors import Busy, Invalid, ServiceError, TooLarge, TooOften, Unauthorized, Unavailable
 from service.guard import Guard
@@ -120,7 +120,12 @@ async def healthz() -> Health:
     return Health(status="ok", version=__version__)
 
 
-@_process.get("/readyz", summary="The process answers and so does its store", responses=problems(503))
+@_process.get(
+    "/readyz",
+    summary="The process answers and so does its store",
+    responses=problems(429, 503),
+    dependencies=[Depends(require_pace)],
+)
 def readyz(request: Request) -> Health:
     store: Store = request.app.state.store
     try:

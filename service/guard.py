@@ -7,7 +7,7 @@ import logging
 import time
 from typing import Final
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -82,6 +82,5 @@ class Guard:
                 "status": status,  # 0: the connection ended first
                 "seconds": round(seconds, 4),
                 "body_bytes": received,
-                "user_agent": Headers(scope=scope).get("user-agent", "")[:200],
             }
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Final, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -103,7 +104,12 @@ class Settings(BaseSettings):
         default=500,
         gt=0,
         description="Requests that one address may send a second for good, twice as many at once; more get 429. Behind "
-        "a proxy all clients share its address.",
+        "a proxy all clients share its address, unless `BRN_SERVICE_TRUSTED_PROXIES` names it.",
+    )
+    trusted_proxies: str = Field(
+        default="",
+        description="Addresses or networks of your own proxies, with commas: of a request from one of them the client "
+        "is whom it adds to `X-Forwarded-For`. Unset: that header, which anybody can send, means nothing.",
     )
     access_log: bool = Field(
         default=False, description="Log every request as one line of JSON: address, method, path, status, seconds."
@@ -118,11 +124,27 @@ class Settings(BaseSettings):
         if value.startswith(EMBEDDED) and value.removeprefix(EMBEDDED).strip("/"):
             return value
         if value.startswith(SERVER):
-            return value
+            if _is_server_address(value):
+                return value
+            # nothing of it is repeated: what cannot be taken apart may hold a password anywhere
+            raise ValueError(
+                "must be clickhouse://user:password@host:port/database with nothing after it; "
+                "write / ? # @ in a password as %2F %3F %23 %40"
+            )
         raise ValueError(
             "must be chdb://PATH or clickhouse://user:password@host:port/database, "
             f"got a text that starts with {value.partition('://')[0][:20]!r}"  # not all of it: it may hold a password
         )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, value: str) -> str:
+        for one in filter(None, (part.strip() for part in value.split(","))):
+            try:
+                ip_network(one)
+            except ValueError as error:  # nor `*`: who trusts everybody believes any client
+                raise ValueError(f"must be addresses or networks like 127.0.0.1, 10.0.0.0/8, got {one!r}") from error
+        return value
 
     @field_validator("webhook")
     @classmethod
@@ -158,6 +180,15 @@ class Settings(BaseSettings):
     def is_exposed(self) -> bool:
         """Whether other machines can reach the address listened on."""
         return not _is_loopback(self.published_on or self.host)
+
+
+def _is_server_address(store: str) -> bool:
+    try:
+        parts = urlsplit(store)
+        _ = parts.port  # raises where it is none
+    except ValueError:
+        return False
+    return parts.netloc.count("@") <= 1 and not set(parts.path[1:]) & {"/", "@"} and not set(store) & {"?", "#"}
 
 
 def _is_loopback(host: str) -> bool:

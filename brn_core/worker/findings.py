@@ -15,6 +15,8 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from brn_core.wire import url_without_user
+
 _POLL_SECONDS = 0.2
 
 STYLES: Final = {"ok": "green", "info": "cyan", "warning": "yellow", "critical": "bold red"}
@@ -54,7 +56,7 @@ class FindingsUnavailableError(Exception):
 
 def run_url(url: str, run_id: str) -> str:
     """The run's page on the dashboard."""
-    return f"{url.rstrip('/')}/runs/{run_id}"
+    return f"{url_without_user(url).rstrip('/')}/runs/{run_id}"
 
 
 def headers(token: str | None) -> dict[str, str]:
@@ -70,6 +72,7 @@ def fetch_diagnosis(
         FindingsUnavailableError: nothing listens there, or the answer is an error.
     """
     deadline = time.monotonic() + timeout_seconds
+    shown = url_without_user(url)
     with httpx.Client(base_url=url, headers=headers(token), timeout=timeout_seconds) as client:
         while True:
             try:
@@ -80,13 +83,13 @@ def fetch_diagnosis(
                     if (diagnosis.step is not None and diagnosis.step >= through_step) or time.monotonic() > deadline:
                         return diagnosis
             except httpx.HTTPStatusError as error:
-                raise FindingsUnavailableError(f"{url} answered {error.response.status_code} to findings") from error
+                raise FindingsUnavailableError(f"{shown} answered {error.response.status_code} to findings") from error
             except httpx.HTTPError as error:
-                raise FindingsUnavailableError(f"no service answers at {url}") from error
+                raise FindingsUnavailableError(f"no service answers at {shown}") from error
             except ValidationError as error:
-                raise FindingsUnavailableError(f"{url} gave findings of an unknown form") from error
+                raise FindingsUnavailableError(f"{shown} gave findings of an unknown form") from error
             if time.monotonic() > deadline:
-                raise FindingsUnavailableError(f"the service at {url} does not know run {run_id}")
+                raise FindingsUnavailableError(f"the service at {shown} does not know run {run_id}")
             time.sleep(_POLL_SECONDS)
 
 

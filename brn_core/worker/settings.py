@@ -18,7 +18,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from brn_core.wire import RUN_ID_PATTERN, RunId
+from brn_core.wire import RUN_ID_PATTERN, RunId, text_without_secrets, url_without_user
 from brn_core.worker.faults import FAULTS, FaultName
 
 SamplerKind = Literal[
@@ -217,7 +217,9 @@ class Settings(BaseSettings):
         if self.resume and self.checkpoint is None:
             raise ValueError("resume goes on from a checkpoint: name its folder with --checkpoint")
         if not re.match(r"https?://[^/]", self.url):
-            raise ValueError(f"url must begin with http:// or https:// and a host, got {self.url!r}")
+            raise ValueError(
+                f"url must begin with http:// or https:// and a host, got {text_without_secrets(self.url)!r}"
+            )
         return self
 
     @property
@@ -249,8 +251,9 @@ class Settings(BaseSettings):
         return self.model_dump(mode="json", exclude=_ELSEWHERE | {"device", "ranks"})
 
     def as_yaml(self) -> str:
-        """A file for `--config` that reproduces the run: every setting but the token."""
+        """A file for `--config` that reproduces the run: every setting but the token and a user in the URL."""
         content = self.model_dump(mode="json", exclude={"token", "sync", "config", "dump_config"})
+        content["url"] = url_without_user(self.url)
         return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     @classmethod

@@ -638,3 +638,18 @@ def test_a_batch_sent_from_the_spool_brings_the_acknowledgement_too(ship):
     with FakeService(port=port) as service:
         eventually(lambda: acknowledged)
         assert acknowledged[0]["findings"] == service.findings == []
+
+
+def test_a_password_in_the_services_address_is_sent_and_never_shown() -> None:
+    with FakeService() as service:
+        address = service.url.replace("://", "://me:hunter22@")
+        with Client(address) as client:
+            assert client.register(RunCreate(id="r", name="r")).outcome == "stored"
+            assert client.url == service.url
+        assert service.requests[0][2]["Authorization"].startswith("Basic ")
+    with Client(address, timeout_seconds=0.2) as client:  # nobody listens there any more
+        assert "hunter22" not in client.register(RunCreate(id="r", name="r")).detail
+    for bad in ("ftp://me:hunter22@host", "http://me:hunter22@host:port"):
+        with pytest.raises(ValueError, match="url must look like") as caught:
+            Client(bad)
+        assert "hunter22" not in str(caught.value)

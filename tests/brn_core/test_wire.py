@@ -194,3 +194,63 @@ def test_a_config_is_kept_without_its_secrets():
     unchanged = ("lr", "max_tokens", "pad_token", "tokenizer", "keyboard", "url")
     assert {name: kept[name] for name in unchanged} == {name: given[name] for name in unchanged}
     assert wire.RunCreate(id="r", name="r", config=kept).config == kept
+
+
+def test_secrets_under_any_name_and_in_texts_are_hidden():
+    s = "hunter22"
+    given = {
+        "secrets": {"openai": s, "ids": [s, 7]},
+        "credentials": {"user": s, "pass": s},
+        "password": 12345678,
+        "tokens": [s],
+        "url": f"https://h/x?a=1&token={s}&b=2",
+        "slash": f"clickhouse://me:hun/{s}@h/db",
+        "env": [f"HF_TOKEN={s}", "LR=0.1"],
+        "argv": ["train.py", "--token", s, "--lr", "0.1", f"--api-key={s}"],
+        "command": f"train.py --token {s} --lr 0.1",
+        "headers": [f"Bearer {s}"],
+    } | dict.fromkeys(("OPENAI_KEY", "wandb_key", "passwords", "auth", "bearer", "cookie", "db_pass", "hfToken"), s)
+    kept = wire.without_secrets(given)
+    assert s not in str(kept)
+    assert "12345678" not in str(kept)
+    assert kept["url"] == "https://h/x?a=1&token=(hidden)&b=2"
+    assert kept["env"] == ["HF_TOKEN=(hidden)", "LR=0.1"]
+    assert kept["argv"] == ["train.py", "--token", "(hidden)", "--lr", "0.1", "--api-key=(hidden)"]
+    assert kept["command"] == "train.py --token (hidden) --lr 0.1"
+    assert wire.without_secrets(kept) == kept
+
+
+def test_settings_that_only_look_like_secrets_are_kept():
+    given = {
+        "max_tokens": 512,
+        "num_tokens": "3e9",
+        "tokens": 300,
+        "tokenizer": {"name": "bpe", "pad_token": "<pad>"},
+        "key_dim": 64,
+        "keys": ["image", "label"],
+        "use_auth_token": True,
+        "third_pass": 3,
+        "compass": "north",
+        "author": "me",
+        "data": "http://host:80/path@2",
+        "text": "the password is asked for, token by token; max_tokens=5",
+        "host": None,
+    }
+    assert wire.without_secrets(given) == given
+
+
+def test_notes_and_failures_are_kept_without_secrets():
+    text = "no answer from http://me:hunter22@host: --token hunter22"
+    run = wire.RunCreate(id="r", name="r", notes=text, failure=text)
+    assert run.notes == run.failure == "no answer from http://(hidden)@host: --token (hidden)"
+    assert "hunter22" not in str(wire.RunUpdate(notes=text, failure=text))
+    full = "token=x " * 60
+    cut = wire.RunCreate(id="r", name="r", failure=full).failure
+    assert len(cut) == wire.MAX_FAILURE
+    assert wire.RunCreate(id="r", name="r", failure=cut).failure == cut
+
+
+@pytest.mark.parametrize("piece", ["://a:", "a.", "bearer ", "token=", "--token ", "a@", "x"])
+def test_hiding_secrets_in_a_long_text_takes_linear_time(piece: str):
+    """Counted by what would not end: a quadratic search of two million signs takes hours."""
+    assert wire.text_without_secrets(piece * (2_000_000 // len(piece)))

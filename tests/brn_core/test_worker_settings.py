@@ -14,7 +14,7 @@ import yaml
 from brn_core.worker.__main__ import main
 from brn_core.worker.provenance import provenance
 from brn_core.worker.ranks import EXIT_USAGE
-from brn_core.worker.settings import Settings, parse_settings
+from brn_core.worker.settings import Settings, UsageError, parse_settings
 
 
 @pytest.fixture(autouse=True)
@@ -139,3 +139,10 @@ def test_versions_and_device_are_known_where_git_is_not_installed(monkeypatch: p
     assert (found["git_revision"], found["git_dirty"]) == (None, None)
     assert found["torch_version"] == torch.__version__
     assert found["device_name"]
+
+
+def test_a_password_in_the_url_is_not_shown_in_errors_and_written_files() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_settings(["--url", "ftp://me:hunter22@host"])
+    assert "hunter22" not in str(caught.value)
+    assert "url: http://host:1\n" in parse_settings(["--url", "http://me:hunter22@host:1"]).as_yaml()

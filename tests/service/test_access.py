@@ -94,7 +94,9 @@ def test_the_access_log_is_one_json_object_a_request_without_secrets(caplog: pyt
         async def ask() -> None:
             transport = httpx.ASGITransport(guarded)
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                await client.get("/login?token=hunter22", headers={"authorization": "Bearer hunter22"})
+                await client.get(
+                    "/login?token=hunter22", headers={"authorization": "Bearer hunter22", "user-agent": "hunter22"}
+                )
 
         asyncio.run(ask())
     (record,) = (record for record in caplog.records if record.name == "service.access")

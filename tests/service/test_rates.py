@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 
+from service.__main__ import _config
 from service.rates import CLIENTS, Rates
+from service.settings import Settings
 
 
 def test_a_bucket_lets_a_burst_through_and_then_what_comes_in() -> None:
@@ -59,3 +62,38 @@ def test_a_client_that_asks_too_often_is_sent_away_and_others_are_not(client: ht
     assert client.post("/login", data={"token": "guess"}).status_code == 429
     assert client.get("/healthz").status_code == 200, "the process still says that it lives"
     assert rates.take("192.0.2.1")
+    for address in ("/readyz", "/login"):
+        assert client.get(address).status_code == 429
+
+
+@pytest.mark.parametrize(
+    ("trusted", "forwarded", "client"),
+    [
+        ("", "192.0.2.7", "127.0.0.1"),  # anybody can send the header
+        ("127.0.0.1", "192.0.2.7", "192.0.2.7"),
+        (
+            "127.0.0.1, 10.0.0.0/8",
+            "198.51.100.1, 192.0.2.7, 10.1.2.3",
+            "192.0.2.7",
+        ),  # what the client added is not believed
+        ("10.0.0.0/8", "192.0.2.7", "127.0.0.1"),
+    ],
+)
+def test_only_a_trusted_proxy_says_who_the_client_is(trusted: str, forwarded: str, client: str) -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    def whom(request: Request) -> str:
+        assert request.client is not None
+        return request.client.host
+
+    config = _config(app, Settings(trusted_proxies=trusted))
+    config.load()
+
+    async def ask() -> str:
+        transport = httpx.ASGITransport(config.loaded_app, client=("127.0.0.1", 5000))  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as asking:
+            answer: str = (await asking.get("/", headers={"X-Forwarded-For": forwarded})).json()
+            return answer
+
+    assert asyncio.run(ask()) == client

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,28 @@ def test_every_setting_is_documented() -> None:
     text = API.read_text()
     missing = [name for name in Settings.model_fields if f"`BRN_SERVICE_{name.upper()}`" not in text]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        "clickhouse://me:hun/ter22@host/brn",
+        "clickhouse://me:1/ter22@host/brn",
+        "clickhouse://me:1@ter22@host/brn",
+        "clickhouse://host/brn?password=ter22",
+        "clickhouse://me:hun#ter22@host/brn",
+        "clickhouse://me:hun[ter22@host/brn",
+    ],
+)
+def test_a_server_address_that_could_hide_a_password_is_refused_and_not_repeated(store: str) -> None:
+    command = [sys.executable, "-m", "service", "--store", store]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert "BRN_SERVICE_STORE" in ended.stderr
+    assert "ter22" not in ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize("proxies", ["*", "proxy.example", "127.0.0.1,*"])
+def test_a_trusted_proxy_is_an_address_or_a_network(proxies: str) -> None:
+    with pytest.raises(ValidationError, match="must be addresses or networks"):
+        Settings(trusted_proxies=proxies)
