@@ -12,8 +12,7 @@ C channels, G microbatches).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from brn_core.distributed import merge_moments, sum_over_ranks
 from brn_core.moments import (
+    Moments,
     as_dtype,
     batch_moments,
     per_channel,
@@ -33,13 +33,12 @@ from brn_core.moments import (
 __all__ = [
     "Observation",
     "Stat",
-    "Statistics",
     "batch_renorm",
+    "correct_",
     "correction",
     "inference",
     "renormalize",
     "sample_moments",
-    "update_",
 ]
 
 # Overloads, not packets: finding the overload takes as long as a small operator.
@@ -73,26 +72,9 @@ class Observation(NamedTuple):
     d_max: Tensor
 
 
-class Statistics(NamedTuple):
-    """What a training forward learned about its batch, before normalizing it.
-
-    Attributes:
-        mu_B, sigma_B: (C,), or (G, C) with G microbatches.
-        elements: m, elements per channel they are of; (C,) or (G, C) where a mask or ranks may give channels
-            different counts.
-        mean_NC, var_NC: per-sample moments, where they were asked for.
-    """
-
-    mu_B: Tensor
-    sigma_B: Tensor
-    elements: int | Tensor
-    mean_NC: Tensor | None
-    var_NC: Tensor | None
-
-
-Correct = Callable[[Statistics], tuple[Tensor, Tensor]]
-"""Answers (r, d), shaped as mu_B. Called once a forward, without gradients, and free to move mu and sigma then:
-backward needs no more of them than r and d."""
+Correct = Callable[[Moments, Tensor], tuple[Tensor, Tensor]]
+"""(moments, sigma_B) -> (r, d), both shaped as sigma_B: (C,), or (G, C) with G microbatches. Called once a forward,
+without gradients, and free to move mu and sigma then: backward needs no more of them than r and d."""
 
 
 def correction(
@@ -112,12 +94,8 @@ def correction(
     Returns:
         The pair r, d, shaped as mu_B. NaN stays NaN.
     """
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        opaque: tuple[Tensor, Tensor] = _opaque_correction(mu_B, sigma_B, mu, sigma, r_min, r_max, d_max)
-        return opaque
-    r = (sigma_B / sigma).clamp_(r_min, r_max)
-    d = ((mu_B - mu) / sigma).clamp_(-d_max, d_max)
-    return r, d
+    d, r = torch._foreach_div((mu_B - mu, sigma_B), (sigma, sigma))
+    return r.clamp_(r_min, r_max), d.clamp_(-d_max, d_max)
 
 
 @torch.library.custom_op("brn::correction", mutates_args=())
@@ -150,22 +128,9 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class _Measured(NamedTuple):
-    """All that normalizing a batch depends on, beside the batch: (C,) each.
-
-    Attributes:
-        mean, var: of the batch.
-        sigma: sqrt(var + eps).
-        r, d: the correction.
-        elements: m, elements per channel that they are of.
-    """
-
-    mean: Tensor
-    var: Tensor
-    sigma: Tensor
-    r: Tensor
-    d: Tensor
-    elements: int | Tensor
+_Measured: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int | Tensor]
+"""All that normalizing a batch depends on, beside the batch: mean, var, sigma = sqrt(var + eps), r, d, each (C,), and
+the number of elements per channel that they are of."""
 
 
 class _Ranks(NamedTuple):
@@ -177,8 +142,8 @@ class _Ranks(NamedTuple):
 class _Normalize(torch.autograd.Function):
     """y = z (gamma r) + (gamma d + beta) with z = (x - mean) / sigma; mean and sigma are functions of x in backward.
 
-    Saves x and vectors only. gamma and r are saved apart and multiplied in backward, which keeps the second
-    derivative with respect to gamma right.
+    Saves x and vectors only. gamma and r are saved beside their product, which a second derivative makes anew: it has
+    to see gamma in it.
     """
 
     @staticmethod
@@ -187,16 +152,16 @@ class _Normalize(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        measure: _Measured | Callable[[Tensor], _Measured],
+        correct: _Measured | Correct,
         mask: Tensor | None,
         eps: float,
         ranks: _Ranks | None,
+        per_sample: bool,
     ) -> Tensor:
         # Not in setup_context: with one, torch inspects this signature at every call, at the cost of all the rest.
         # Measuring in here rather than before saves switching gradients off and on, a tenth of a small layer's cost.
-        mean, var, sigma, r, d, elements = measure(x) if callable(measure) else measure
-        ctx.save_for_backward(x, weight, mean, sigma, r, d, mask)
-        ctx.eps, ctx.ranks, ctx.elements = eps, ranks, elements
+        measured = _measure(x, correct, mask, eps, ranks, per_sample) if callable(correct) else correct
+        mean, var, sigma, r, d, elements = measured
         gamma = None if weight is None else as_dtype(weight, mean.dtype)
         beta = None if bias is None else as_dtype(bias, mean.dtype)
         scale = r if gamma is None else gamma * r
@@ -204,6 +169,8 @@ class _Normalize(torch.autograd.Function):
             shift = d if gamma is None else gamma * d
         else:
             shift = beta + d if gamma is None else torch.addcmul(beta, gamma, d)
+        ctx.save_for_backward(x, weight, mean, sigma, r, d, scale, mask)
+        ctx.eps, ctx.ranks, ctx.elements = eps, ranks, elements
         if not _kernels_apply(x, mask):
             y = (x - per_channel(mean, x)) * per_channel(scale / sigma, x) + per_channel(shift, x)
             y = y.to(x.dtype)
@@ -216,8 +183,9 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, sigma, r, d, mask = ctx.saved_tensors
-        scale = r if weight is None else as_dtype(weight, r.dtype) * r
+        x, weight, mean, sigma, r, d, scale, mask = ctx.saved_tensors
+        if weight is not None and torch.is_grad_enabled():  # create_graph
+            scale = as_dtype(weight, r.dtype) * r
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         if _kernels_apply(x, mask) and ctx.ranks is None:
             dx, dz, db = _NORMALIZE_BACKWARD(
@@ -228,7 +196,7 @@ class _Normalize(torch.autograd.Function):
             dx, dz, db = _backward(grad, x, scale, mean, sigma, mask, ctx.eps, ctx.elements, ctx.ranks)
         # xhat = z r + d, so sum(dy xhat) = r sum(dy z) + d sum(dy)
         dweight = torch.addcmul(r * dz, d, db) if need_weight else None
-        return dx, dweight, db if need_bias else None, None, None, None, None
+        return dx, dweight, db if need_bias else None, None, None, None, None, None
 
 
 def _kernels_apply(x: Tensor, mask: Tensor | None) -> bool:
@@ -302,13 +270,13 @@ def renormalize(
         x: (N, C, *).
         weight: (C,) gamma, or None for 1.
         bias: (C,) beta, or None for 0.
-        correct: Statistics -> (r, d), called once, without gradients.
+        correct: (moments, sigma_B) -> (r, d), called once, without gradients.
         eps: added to the variance inside the root.
         mask: bool, broadcastable to x. Elements under False take no part, and come out as 0.
         microbatches: G; the batch is split along N into G parts, each normalized with its own statistics.
         synced: moments over all ranks of `group`. Every rank must call, a rank without samples too.
         group: the ranks; the default process group if None.
-        per_sample: fill the per-sample moments of the Statistics.
+        per_sample: fill the per-sample moments that `correct` is given.
 
     Returns:
         y with x's shape, dtype and memory format.
@@ -317,13 +285,12 @@ def renormalize(
         assert not synced  # splitting a batch and joining it with others' contradict each other
         return _in_microbatches(x, weight, bias, correct, eps, mask, microbatches, per_sample)
     ranks = _Ranks(group) if synced else None
-    measure = partial(_measure, correct=correct, mask=mask, eps=eps, ranks=ranks, per_sample=per_sample)
     if torch.compiler.is_compiling():  # which does not follow a change of buffers into an autograd.Function
         with torch.no_grad():
-            measured = measure(x)
-        y: Tensor = _Normalize.apply(x, weight, bias, measured, mask, eps, ranks)  # type: ignore[no-untyped-call]
+            measured = _measure(x, correct, mask, eps, ranks, per_sample)
+        y: Tensor = _Normalize.apply(x, weight, bias, measured, mask, eps, ranks, False)  # type: ignore[no-untyped-call]
         return y
-    return _Normalize.apply(x, weight, bias, measure, mask, eps, ranks)  # type: ignore[no-any-return, no-untyped-call]
+    return _Normalize.apply(x, weight, bias, correct, mask, eps, ranks, per_sample)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _measure(
@@ -332,10 +299,10 @@ def _measure(
     moments = batch_moments(x, mask, per_sample=per_sample)
     if ranks is not None:
         moments = merge_moments(moments, ranks.group)
-    mean_C, var_C, elements, mean_NC, var_NC = moments
+    mean_C, var_C, elements, _, _ = moments
     sigma_C = (var_C + eps).sqrt_()
-    r, d = correct(Statistics(mean_C, sigma_C, elements, mean_NC, var_NC))
-    return _Measured(mean_C, var_C, sigma_C, r, d, elements)
+    r, d = correct(moments, sigma_C)
+    return mean_C, var_C, sigma_C, r, d, elements
 
 
 def _in_microbatches(
@@ -356,62 +323,84 @@ def _in_microbatches(
         masks = mask.expand(x.shape[0], *mask.shape[1:]).tensor_split(microbatches)
     with torch.no_grad():
         moments = [batch_moments(p, m, per_sample=per_sample) for p, m in zip(parts, masks, strict=True)]
-        mu_GC = torch.stack([m.mean_C for m in moments])
-        sigma_GC = torch.stack([(m.var_C + eps).sqrt_() for m in moments])
+        var_GC = torch.stack([m.var_C for m in moments])
+        sigma_GC = (var_GC + eps).sqrt_()
         counts = [m.elements for m in moments if isinstance(m.elements, Tensor)]
         means = [m.mean_NC for m in moments if m.mean_NC is not None]
         variances = [m.var_NC for m in moments if m.var_NC is not None]
         r_GC, d_GC = correct(
-            Statistics(
-                mu_GC,
-                sigma_GC,
+            Moments(
+                torch.stack([m.mean_C for m in moments]),
+                var_GC,
                 torch.stack(counts) if counts else parts[-1].numel() // parts[-1].shape[1],
                 torch.cat(means) if means else None,
                 torch.cat(variances) if variances else None,
-            )
+            ),
+            sigma_GC,
         )
     return torch.cat(
         [
             _Normalize.apply(  # type: ignore[no-untyped-call]
-                part, weight, bias, _Measured(m.mean_C, m.var_C, sigma, r, d, m.elements), part_mask, eps, None
+                part, weight, bias, (m.mean_C, m.var_C, sigma, r, d, m.elements), part_mask, eps, None, False
             )
             for part, part_mask, m, sigma, r, d in zip(parts, masks, moments, sigma_GC, r_GC, d_GC, strict=True)
         ]
     )
 
 
-def update_(
-    running_mean: Tensor, running_std: Tensor, statistics: Statistics, alpha: float | Tensor, stat: Stat = "std"
-) -> None:
-    """Moving update mu += alpha (mu_B - mu), sigma += alpha (sigma_B - sigma), in place; call it without gradients.
+def correct_(
+    moments: Moments,
+    sigma_B: Tensor,
+    mu: Tensor,
+    sigma: Tensor,
+    limits: tuple[Tensor, Tensor, Tensor],
+    alpha: float | Tensor,
+    stat: Stat = "std",
+) -> tuple[Tensor, Tensor]:
+    """The correction of a batch; then mu += alpha (mu_B - mu), sigma += alpha (sigma_B - sigma), in place.
 
     A channel with a NaN or an infinity in the batch keeps its statistics: one bad sample would otherwise
     stay in them for good. So does one with fewer than two elements. Microbatches enter with their mean.
 
     Args:
-        running_mean: (C,) mu, changed in place.
-        running_std: (C,) sigma, changed in place.
-        statistics: of the batch.
+        moments: of the batch; (G, C) with G microbatches.
+        sigma_B: sqrt(var + eps) of the batch.
+        mu: (C,) changed in place.
+        sigma: (C,) changed in place.
+        limits: r_min, r_max, d_max, 0-dim. As tensors, so that moving them neither syncs nor recompiles.
         alpha: weight of the new batch, a number or a 0-dim tensor.
         stat: "var" averages sigma_B² instead and keeps its root, as implementations with a moving variance do.
+
+    Returns:
+        r and d, shaped as sigma_B. NaN stays NaN. Call it without gradients.
     """
-    mu_B, sigma_B, elements = statistics[:3]
-    if mu_B.dim() > 1:
-        mu_B, sigma_B = mu_B.mean(0), sigma_B.mean(0)
-        elements = elements.amin(0) if isinstance(elements, Tensor) else elements
+    mu_B, _, elements, _, _ = moments
+    r_min, r_max, d_max = limits
+    steps = torch._foreach_sub((mu_B, sigma_B), (mu, sigma))
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        r, d = _opaque_correction(mu_B, sigma_B, as_dtype(mu, mu_B.dtype), as_dtype(sigma, mu_B.dtype), *limits)
+    else:  # `correction`, of which mu_B - mu is there
+        d, r = torch._foreach_div((steps[0], sigma_B), (sigma, sigma))
+        r, d = as_dtype(r.clamp_(r_min, r_max), mu_B.dtype), as_dtype(d.clamp_(-d_max, d_max), mu_B.dtype)
+    if stat == "var" or sigma_B.dim() > 1:
+        if sigma_B.dim() > 1:
+            mu_B, sigma_B = mu_B.mean(0), sigma_B.mean(0)
+            elements = elements.amin(0) if isinstance(elements, Tensor) else elements
+        if stat == "var":
+            sigma_B = sigma_B.square()
+            sigma.square_()
+        steps = torch._foreach_sub((mu_B, sigma_B), (mu, sigma))
+    for step in steps:
+        step.nan_to_num_(0.0, 0.0, 0.0)
+    if isinstance(elements, Tensor):
+        torch._foreach_mul_(steps, [elements > 1] * 2)
+    if isinstance(alpha, Tensor):
+        torch._foreach_mul_(steps, [alpha] * 2)
+        alpha = 1.0
+    torch._foreach_add_((mu, sigma), steps, alpha=alpha)
     if stat == "var":
-        running_std.square_()
-        sigma_B = sigma_B.square()
-    for running, new in ((running_mean, mu_B), (running_std, sigma_B)):
-        step = (new - running).nan_to_num_(0.0, 0.0, 0.0)
-        if isinstance(elements, Tensor):
-            step *= elements > 1
-        if isinstance(alpha, Tensor):
-            running.add_(step * alpha)
-        else:
-            running.add_(step, alpha=alpha)
-    if stat == "var":
-        running_std.sqrt_()
+        sigma.sqrt_()
+    return r, d
 
 
 def inference(
@@ -480,12 +469,13 @@ def batch_renorm(
         return inference(x, running_mean, running_std, weight, bias)
     require_spread(x)
     r_min = 1 / r_max if r_min is None else r_min
-    limits = [torch.as_tensor(v, dtype=statistics_dtype(x), device=x.device) for v in (r_min, r_max, d_max)]
+    r_min, r_max, d_max = (
+        torch.as_tensor(v, dtype=statistics_dtype(x), device=x.device) for v in (r_min, r_max, d_max)
+    )
+    limits = (r_min, r_max, d_max)
 
-    def correct(statistics: Statistics) -> tuple[Tensor, Tensor]:
-        r, d = correction(statistics.mu_B, statistics.sigma_B, running_mean, running_std, *limits)
-        update_(running_mean, running_std, statistics, momentum)
-        return r, d
+    def correct(moments: Moments, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
+        return correct_(moments, sigma_B, running_mean, running_std, limits, momentum)
 
     return renormalize(x, weight, bias, correct, eps, mask=mask)
 

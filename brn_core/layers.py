@@ -10,7 +10,6 @@ import copy
 import warnings
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Final, Literal, cast, get_args
 
 import torch
@@ -20,15 +19,13 @@ from torch import Tensor, nn
 from brn_core.functional import (
     Observation,
     Stat,
-    Statistics,
-    correction,
+    correct_,
     in_backward,
     inference,
     renormalize,
     require_spread,
-    update_,
 )
-from brn_core.moments import as_dtype
+from brn_core.moments import Moments
 
 Sync = Literal["none", "moments", "ema"]
 
@@ -228,7 +225,7 @@ class BatchRenorm(nn.Module):
             self.weight,
             self.bias,
             # asked here: inside the autograd function gradients are always off
-            partial(self._correct, may_run_again=_may_run_again()),
+            self._correct_and_keep if _may_run_again() else self._correct,
             self.eps,
             mask=mask,
             microbatches=1 if size is None else max(1, x.shape[0] // size),
@@ -237,26 +234,28 @@ class BatchRenorm(nn.Module):
             per_sample=self.observe,
         )
 
-    def _correct(self, statistics: Statistics, *, may_run_again: bool) -> tuple[Tensor, Tensor]:
+    def _correct(self, moments: Moments, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
         """The correction of this batch; then mu and sigma move, unless an activation checkpoint runs again."""
         # Not as attributes: each is a call of Module.__getattr__, and six of them a tenth of a small layer's forward.
         buffers = cast("dict[str, Tensor]", self._buffers)
         mu, sigma = buffers["running_mean"], buffers["running_std"]
         limits = buffers["r_min"], buffers["r_max"], buffers["d_max"]
-        mu_B, sigma_B = statistics.mu_B, statistics.sigma_B
-        recomputing = in_backward() and bool(self._corrections)
-        recorded = self._recorded_correction(mu_B, sigma_B) if recomputing else None
-        if recorded is not None:
+        if self._corrections and in_backward():
+            recorded = self._recorded_correction(moments.mean_C, sigma_B)
+            if recorded is None:  # not one of this layer's kept forwards, so not its statistics to move
+                return correct_(moments, sigma_B, mu.clone(), sigma.clone(), limits, 0.0)
             return recorded
-        r, d = correction(mu_B, sigma_B, as_dtype(mu, mu_B.dtype), as_dtype(sigma, mu_B.dtype), *limits)
-        if recomputing:
-            return r, d
-        if may_run_again:
-            self._corrections.appendleft((mu_B, sigma_B, r, d))
         if self.observe:
-            self._keep_observation(statistics)
-        update_(mu, sigma, statistics, self._alpha(), self.stat)
+            self._keep_observation(moments, sigma_B)
+        r, d = correct_(moments, sigma_B, mu, sigma, limits, self._alpha(), self.stat)
         buffers["num_batches_tracked"].add_(1)
+        return r, d
+
+    def _correct_and_keep(self, moments: Moments, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
+        """`_correct`, and the answer kept for an activation checkpoint's second run."""
+        r, d = self._correct(moments, sigma_B)
+        if not (self._corrections and in_backward()):
+            self._corrections.appendleft((moments.mean_C, sigma_B, r, d))
         return r, d
 
     def _recorded_correction(self, mu_B: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -280,19 +279,15 @@ class BatchRenorm(nn.Module):
         decayed = torch.pow(1 - alpha, (self.num_batches_tracked + 1).to(self.running_mean.dtype))
         return alpha / (1 - decayed)
 
-    def _keep_observation(self, statistics: Statistics) -> None:
-        assert statistics.mean_NC is not None  # asked for by per_sample
-        mu_B, sigma_B = statistics.mu_B, statistics.sigma_B
-        if mu_B.dim() > 1:  # microbatches
+    def _keep_observation(self, moments: Moments, sigma_B: Tensor) -> None:
+        mu_B, _, _, mean_NC, var_NC = moments
+        assert mean_NC is not None  # asked for by per_sample
+        if sigma_B.dim() > 1:  # microbatches
             mu_B, sigma_B = mu_B.mean(0), sigma_B.mean(0)
         buffers = cast("dict[str, Tensor]", self._buffers)  # get_buffer costs more than the copy
-        self.observed = Observation(
-            statistics.mean_NC,
-            statistics.var_NC,
-            mu_B,
-            sigma_B,
-            *(buffers[name].clone() for name in (*_STATISTICS, *_LIMITS)),
-        )
+        moving = torch.stack([buffers[name] for name in _STATISTICS]).unbind()  # one copy of both, one of the limits
+        limits = torch.stack([buffers[name] for name in _LIMITS]).unbind()
+        self.observed = Observation(mean_NC, var_NC, mu_B, sigma_B, *moving, *limits)
 
     def _check_input(self, x: Tensor) -> None:
         dims = self._allowed_dims

@@ -16,9 +16,8 @@ _TINY: Final = 1e-30
 
 _SIXTEEN_BITS: Final = (torch.bfloat16, torch.float16)
 
-# Positions up to which a product with a vector beats the kernels for rows, on CPU. Batch moments never come from rows
-# this short (`_batch_from_samples_pays`), so nothing of training depends on it.
-_SHORT_ROW: Final = 32
+# Positions up to which a product with a vector beats the kernels for rows, on CPU.
+_SHORT_ROW: Final = 64
 
 # Overloads, not packets: finding the overload takes as long as a small operator.
 _STATISTICS: Final = torch.ops.aten.batch_norm_update_stats.default
@@ -86,13 +85,13 @@ def _samples_have(elements: int, x: Tensor) -> bool:
 def _batch_from_samples_pays(x: Tensor) -> bool:
     """Whether batch moments from per-sample moments cost no more than batch norm's own statistics kernel.
 
-    On CPU that kernel is not vectorised for contiguous float input: rows take half its time at (32, 256, 14, 14),
-    as long at 200,000 elements, and lose where rows are short. In other layouts large samples cost the same one by
-    one. `benchmarks/layer.py` measures the layer as a whole.
+    On CPU that kernel is not vectorised for contiguous float input: rows take half its time from some 30,000 elements
+    on, a third at (8, 512, 7, 7), and lose where they have fewer than 8 elements. In other layouts large samples cost
+    the same one by one. `benchmarks/layer.py` measures the layer as a whole.
     """
-    if not x.is_cpu or x.dtype in _SIXTEEN_BITS or x.numel() < 1 << 18:
+    if not x.is_cpu or x.dtype in _SIXTEEN_BITS or x.numel() < 1 << 15:
         return False
-    return x.numel() >= 32 * x.shape[0] * x.shape[1] if _has_rows(x) else _samples_have(131_072, x)
+    return x.numel() >= 8 * x.shape[0] * x.shape[1] if _has_rows(x) else _samples_have(131_072, x)
 
 
 @torch.no_grad()

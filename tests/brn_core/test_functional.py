@@ -128,7 +128,7 @@ def test_first_and_second_derivatives_match_finite_differences(layout, masked):
     r, d = torch.tensor([1.3, 0.8], dtype=torch.float64), torch.tensor([0.2, -0.4], dtype=torch.float64)
 
     def f(x, gamma, beta):
-        return renormalize(x, gamma, beta, lambda statistics: (r, d), 1e-5, mask=mask)
+        return renormalize(x, gamma, beta, lambda moments, sigma_B: (r, d), 1e-5, mask=mask)
 
     inputs = (x.requires_grad_(), *(torch.from_numpy(a[k]).requires_grad_() for k in ("gamma", "beta")))
     assert gradcheck(f, inputs)
