@@ -124,7 +124,8 @@ class Shipper(Generic[Item]):
         self._told_to_wait = False
         self._asking = False
         self._asked: tuple[int, int, bytes] | None = None  # the batch on its way: seq, steps, body
-        self._abandoned = False
+        self._abandoned = False  # the closing thread has taken over what is left
+        self._rescued = False  # it has also taken the batch of the last request
         self._random = random.Random()  # its own: the global generator belongs to training
         self._complaints = Complaints()
         self._thread = threading.Thread(target=self._run, name=SENDER_THREAD, daemon=True)
@@ -201,11 +202,12 @@ class Shipper(Generic[Item]):
             if self._abandoned:
                 return
             self._abandoned = True
+            asked = self._asked  # under one lock with the line above: either this thread has the batch or the other
             batches = []
             while self._items:
                 batches.append(self._take())
-        if self._asked is not None:
-            self._to_spool(*self._asked)
+        if asked is not None:
+            self._to_spool(*asked)
         for items, seq in batches:
             self._ship(items, seq)
         if self._folder is not None and self._end is not None:
@@ -313,13 +315,15 @@ class Shipper(Generic[Item]):
     @contextmanager
     def _request(self, seq: int = 0, steps: int = 0, body: bytes = b"") -> Iterator[None]:
         """Marks the time in which the thread may hang in a connection, with the batch that would then be lost."""
-        self._asked = (seq, steps, body) if body else None
-        self._asking = True
+        with self._changed:
+            self._asked = (seq, steps, body) if body else None
+            self._asking = True
         try:
             yield
         finally:
-            self._asking = False
-            self._asked = None
+            with self._changed:
+                self._asking, self._asked = False, None
+                self._rescued = self._abandoned
 
     def _ship(self, items: Sequence[Item], repeated_seq: int | None = None) -> None:
         if not items:
@@ -345,7 +349,7 @@ class Shipper(Generic[Item]):
                 answer = self._client.send(
                     self._registration, self._rank, seq, body, within_seconds=self._seconds_left()
                 )
-            if self._abandoned:
+            if self._rescued:
                 return
             if answer.outcome == "stored":
                 self._recovered()

@@ -14,7 +14,7 @@ from fake_service import FakeService, Fault, eventually
 
 from brn_core import shipper as module
 from brn_core import wire
-from brn_core.client import Client, _retry_after_seconds
+from brn_core.client import Answer, Client, _retry_after_seconds
 from brn_core.drain import drain
 from brn_core.packer import StepRows, tables
 from brn_core.shipper import Complaints, Shipper
@@ -638,3 +638,32 @@ def test_a_batch_sent_from_the_spool_brings_the_acknowledgement_too(ship):
     with FakeService(port=port) as service:
         eventually(lambda: acknowledged)
         assert acknowledged[0]["findings"] == service.findings == []
+
+
+def test_a_request_that_ends_while_the_closing_thread_takes_over_loses_nothing(ship, tmp_path, monkeypatch):
+    ends = threading.Event()
+
+    def send(self, *args, **settings):
+        ends.wait(30)
+        return Answer("unavailable", "no answer")
+
+    monkeypatch.setattr(Client, "send", send)
+    shipper = ship(f"http://127.0.0.1:{_free_port()}", rank=1, flush_seconds=0.01)
+    shipper.offer(_step(0))
+    eventually(lambda: shipper._asked)
+    for i in range(1, 300):
+        shipper.offer(_step(i))
+    take = shipper._take
+
+    def take_slowly():
+        if not ends.is_set():
+            ends.set()
+            time.sleep(0.2)  # the sender has time to see the request's end, if it may
+        return take()
+
+    monkeypatch.setattr(shipper, "_take", take_slowly)
+    shipper.close(timeout_seconds=0.1)
+    shipper._thread.join(10)
+    parcels = Spool(tmp_path).folder("run-1", 1).parcels()
+    assert sum(parcel.steps for parcel in parcels) == 300
+    assert shipper.dropped == 0
