@@ -171,7 +171,6 @@ class Recorder:
         self._complaints = Complaints()
         self._stepped_at: float | None = None
         self._logged: set[tuple[str, str]] = set()  # codes and severities of findings
-        self._dropped = 0
 
         self._probe = InputProbe()
         self._rings: dict[torch.device, PinnedRing] = {}
@@ -219,7 +218,7 @@ class Recorder:
     @property
     def dropped_steps(self) -> int:
         """Steps given to `step` that will never be stored."""
-        return self._dropped + self._reducer.dropped + self._shipper.dropped
+        return self._reducer.dropped + self._shipper.dropped
 
     def step(
         self,
@@ -393,13 +392,10 @@ class Recorder:
                     f"the model ran, but none of its {len(self._watched)} normalization layers was seen to: "
                     "watch a compiled model before its first forward, and no nn.DataParallel or CUDA graph",
                 )
-        if not all(sample.mean_NC.is_cpu for sample in taken.values()):
+        if any(not sample.mean_NC.is_cpu for sample in taken.values()):
             # on its own device and stream, where a few kernels more do not make training wait
             segments, taken = pack({step: taken}) + segments, {}
         transfer = Transfer.start(segments, self._rings)
-        if transfer is None:
-            self._dropped += 1
-            return
         snapshot = self.rank == 0 and self._channels_every > 0 and step % self._channels_every == 0
         self._reducer.offer(Frame(step, taken, transfer, host, snapshot))
 
