@@ -134,7 +134,7 @@ def _spread(mean_NC: Tensor, power_NC: Tensor, q_NC: Tensor, mean_q_C: Tensor) -
 
 
 class PinnedRing:
-    """Page-locked host buffers for copies from one device; as many as steps were ever under way (`reducer` bounds it)."""
+    """Page-locked host buffers for copies from one device - one a step under way, which `reducer` bounds."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []

@@ -23,7 +23,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from brn_core.client import SENDER_THREAD, Answer, Client
 from brn_core.drain import Drained, drain
 from brn_core.journal import Journal
-from brn_core.spool import Spool, SpoolFolder
+from brn_core.spool import Spool, SpoolFolder, without_login
 from brn_core.wire import RunCreate, RunUpdate
 
 logger = logging.getLogger("brn_core")
@@ -70,7 +70,7 @@ class Shipper(Generic[Item]):
         spool: where batches wait for a service that is away; None: such batches are dropped (and counted).
         journal: where each batch is noted before it is sent, for a resumed process; steps that an earlier process has
             settled are not sent again.
-        sends_leftovers: whether to send what earlier runs left in the spool; for one process of a host.
+        sends_leftovers: whether to send what earlier runs left in the spool for the same url; one a host.
         flush_seconds: an item waits at most about this long before it is sent.
         capacity: items that may wait in memory.
         on_acknowledged: called in the shipper's thread with each acknowledgement.
@@ -96,6 +96,8 @@ class Shipper(Generic[Item]):
         self._encode = encode
         self._spool = spool
         self._folder = spool.folder(registration.id, rank) if spool is not None else None
+        if self._folder is not None:
+            self._folder.url = client.url
         self._journal = journal
         self._repeated = None if journal is None else journal.repeated
         self._flush_seconds = flush_seconds
@@ -453,7 +455,9 @@ class Shipper(Generic[Item]):
 
     def _send_leftovers(self, spool: Spool) -> None:
         own = self._registration.id
-        found = next((f for f in spool.folders() if f.run != own and f.path not in self._hopeless), None)
+        here = without_login(self._client.url)  # what was meant for another service is no business of this one
+        others = (f for f in spool.folders() if f.run != own and f.path not in self._hopeless)
+        found = next((f for f in others if f.meant_for() == here), None)
         if found is None:
             self._leftovers = False
             return
