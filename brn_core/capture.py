@@ -161,6 +161,9 @@ class Transfer:
 
     @classmethod
     def start(cls, segments: Sequence[Segment], rings: dict[torch.device, PinnedRing]) -> Transfer:
+        if len(segments) == 1 and segments[0].flat.is_cpu:  # most often on a CPU; training waits for this
+            only = segments[0]
+            return cls([_Part([(only.key, only.flat.numel())], only.flat, None, None)])
         by_device: dict[torch.device, list[Segment]] = {}
         for segment in segments:
             by_device.setdefault(segment.flat.device, []).append(segment)
