@@ -134,21 +134,17 @@ def _spread(mean_NC: Tensor, power_NC: Tensor, q_NC: Tensor, mean_q_C: Tensor) -
 
 
 class PinnedRing:
-    """Page-locked host buffers for copies from one device, at most `buffers` in use at a time."""
+    """Page-locked host buffers for copies from one device - one a step under way, which `reducer` bounds."""
 
-    def __init__(self, buffers: int = 32) -> None:
+    def __init__(self) -> None:
         self._free: list[Tensor] = []
-        self._unmade = buffers
 
-    def take(self, size: int) -> Tensor | None:
-        """A float32 buffer of at least `size` elements, or None where all are in use."""
-        buffer = None
+    def take(self, size: int) -> Tensor:
+        """A float32 buffer of at least `size` elements."""
         try:
             buffer = self._free.pop()
         except IndexError:
-            if self._unmade == 0:
-                return None
-            self._unmade -= 1
+            buffer = None
         if buffer is None or buffer.numel() < size:
             buffer = torch.empty(size, dtype=torch.float32, pin_memory=True)  # allocates: first steps only
         return buffer
@@ -158,16 +154,16 @@ class PinnedRing:
 
 
 class Transfer:
-    """Segments of one step on their way to the host: one copy a device, and an event where the device runs ahead.
-
-    Raises nothing where a ring is exhausted: `start` answers None and the step counts as dropped.
-    """
+    """Segments of one step on their way to the host: one copy a device, and an event where the device runs ahead."""
 
     def __init__(self, parts: list[_Part]) -> None:
         self._parts = parts
 
     @classmethod
-    def start(cls, segments: Sequence[Segment], rings: dict[torch.device, PinnedRing]) -> Transfer | None:
+    def start(cls, segments: Sequence[Segment], rings: dict[torch.device, PinnedRing]) -> Transfer:
+        if len(segments) == 1 and segments[0].flat.is_cpu:  # most often on a CPU; training waits for this
+            only = segments[0]
+            return cls([_Part([(only.key, only.flat.numel())], only.flat, None, None)])
         by_device: dict[torch.device, list[Segment]] = {}
         for segment in segments:
             by_device.setdefault(segment.flat.device, []).append(segment)
@@ -181,9 +177,6 @@ class Transfer:
                 continue
             ring = rings.setdefault(device, PinnedRing())
             buffer = ring.take(flat.numel())
-            if buffer is None:
-                cls(parts).release()
-                return None
             buffer[: flat.numel()].copy_(flat, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,9 @@ def _drain(
         done.left = max(done.left, 1)
         done.problem = f"{folder.path}: run.json is missing or damaged; nothing was sent"
         return
-    for parcel in parcels:
+    waiting = deque(parcels)
+    while waiting:
+        parcel = waiting.popleft()
         if until is not None and time.monotonic() >= until:
             return
         if (body := parcel.body()) is not None:
@@ -99,6 +102,10 @@ def _drain(
                     folder.postpone(parcel)
                 done.problem, done.unavailable = answer.detail, answer
                 return
+            if answer.status == 413 and (halves := folder.part(parcel, body)):  # a proxy takes less than the service
+                waiting.extendleft(reversed(halves))
+                done.left += len(halves) - 1
+                continue
             if answer.outcome == "refused":
                 done.refused, done.refused_steps = done.refused + 1, done.refused_steps + parcel.steps
                 done.refusal = answer.detail

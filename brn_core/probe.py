@@ -7,13 +7,14 @@ and runs. Shape suffixes: N samples, C channels, F features.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from brn_core.capture import Segment
 from brn_core.packer import ProbeGroup
@@ -134,6 +135,13 @@ def first_tensor(value: object) -> Tensor | None:
         return value
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
     return next((found for part in parts if (found := first_tensor(part)) is not None), None)
+
+
+def model_inputs(model: nn.Module, kwargs: Mapping[str, object]) -> dict[str, object]:
+    """The keyword arguments in the order of the model's signature (a loader may give labels first), without labels."""
+    order = {name: place for place, name in enumerate(inspect.signature(model.forward).parameters)}
+    names = sorted(kwargs, key=lambda name: order.get(name, len(order)))
+    return {name: kwargs[name] for name in names if not name.startswith("label")}
 
 
 def _stride(size: tuple[int, ...]) -> tuple[int, ...]:

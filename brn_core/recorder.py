@@ -43,9 +43,9 @@ from brn_core.journal import Journal
 from brn_core.layers import BatchRenorm
 from brn_core.moments import sample_moments
 from brn_core.packer import ScalarGroup, StepRows, tables
-from brn_core.probe import InputProbe
+from brn_core.probe import InputProbe, model_inputs
 from brn_core.reducer import Frame, Reducer
-from brn_core.shadow import Shadow, is_wrapper, run_shadow
+from brn_core.shadow import Shadow, cloned, is_wrapper, run_shadow, unwrapped
 from brn_core.shipper import Complaints, Shipper
 from brn_core.spool import Spool
 from brn_core.termination import on_termination
@@ -171,7 +171,6 @@ class Recorder:
         self._complaints = Complaints()
         self._stepped_at: float | None = None
         self._logged: set[tuple[str, str]] = set()  # codes and severities of findings
-        self._dropped = 0
 
         self._probe = InputProbe()
         self._rings: dict[torch.device, PinnedRing] = {}
@@ -182,6 +181,7 @@ class Recorder:
         self._taken: dict[int, Taken] = {}
         self._probed: Segment | None = None
         self._shadow: Shadow | None = None
+        self._shadow_input: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
         self._shipper: Shipper[StepRows] = Shipper(
             client,
@@ -219,7 +219,7 @@ class Recorder:
     @property
     def dropped_steps(self) -> int:
         """Steps given to `step` that will never be stored."""
-        return self._dropped + self._reducer.dropped + self._shipper.dropped
+        return self._reducer.dropped + self._shipper.dropped
 
     def step(
         self,
@@ -356,12 +356,17 @@ class Recorder:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._due and module.training and torch.is_grad_enabled():
             with self._border():
-                self._probed = self._probe.measure((args, kwargs))
+                self._probed = self._probe.measure((args, model_inputs(unwrapped(module), kwargs)))
+        if self._shadow_due and module.training and torch.is_grad_enabled() and os.getpid() == self._pid:
+            with self._border():  # now: the model may work in place on its input
+                self._shadow_input = cloned((args, kwargs))
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._shadow_due and module.training and torch.is_grad_enabled() and os.getpid() == self._pid:
             with self._border():
-                self._shadow = run_shadow(module, args, kwargs, output)
+                if self._shadow_input is not None:
+                    self._shadow = run_shadow(module, *self._shadow_input, output)
+                    self._shadow_input = None
 
     # --- at the end of a step -------------------------------------------------------------------------------------
 
@@ -370,7 +375,7 @@ class Recorder:
         self._due = self._step % self._every == 0
         self._shadow_due = self._shadow_every > 0 and self._step > 0 and self._step % self._shadow_every == 0
         self._taken = {}
-        self._probed = self._shadow = None
+        self._probed = self._shadow = self._shadow_input = None
         for _, layer in self._observing:
             layer["observe"], layer["observed"] = self._due, None
 
@@ -393,13 +398,10 @@ class Recorder:
                     f"the model ran, but none of its {len(self._watched)} normalization layers was seen to: "
                     "watch a compiled model before its first forward, and no nn.DataParallel or CUDA graph",
                 )
-        if not all(sample.mean_NC.is_cpu for sample in taken.values()):
+        if any(not sample.mean_NC.is_cpu for sample in taken.values()):
             # on its own device and stream, where a few kernels more do not make training wait
             segments, taken = pack({step: taken}) + segments, {}
         transfer = Transfer.start(segments, self._rings)
-        if transfer is None:
-            self._dropped += 1
-            return
         snapshot = self.rank == 0 and self._channels_every > 0 and step % self._channels_every == 0
         self._reducer.offer(Frame(step, taken, transfer, host, snapshot))
 

@@ -33,9 +33,10 @@ PENDING_BYTES: Final = 64 * 1024 * 1024
 is taken whatever its size."""
 
 _GATHER_BYTES: Final = 8 * 1024 * 1024
+_GATHER_STEPS: Final = 32
 _GATHER_SECONDS: Final = 0.25
-"""Steps are gathered for so long, or until they are so large, and reduced together: the interpreter's work, which
-training would wait for, is done once for all of them."""
+"""Steps are gathered for so long, or until they are so large or so many, and reduced together: the interpreter's work,
+which training would wait for, is done once for all of them. On a GPU each holds a page-locked buffer meanwhile."""
 
 _LATEST: Final = ("r_max", "d_max", "clip_r", "clip_d")
 
@@ -90,6 +91,7 @@ class Reducer:
         self._flushing = False
         self._passing_on = False  # frames were taken out of the queue and their rows are not offered yet
         self._closing = False
+        self._ended = False
         self._deadline = float("inf")
         self._complaints = Complaints()
         self._past: list[Block] = []
@@ -102,7 +104,8 @@ class Reducer:
         """Queue one step; a full queue drops it. Takes a lock that is only ever held for an instant."""
         size = frame.transfer.size_bytes + size_bytes(frame.taken)
         with self._changed:
-            if self._frames and (len(self._frames) >= PENDING_STEPS or self._bytes + size > PENDING_BYTES):
+            full = self._frames and (len(self._frames) >= PENDING_STEPS or self._bytes + size > PENDING_BYTES)
+            if full or self._ended:
                 self.dropped += 1
                 frame.transfer.release()
                 return
@@ -110,7 +113,8 @@ class Reducer:
                 self._oldest_at = time.monotonic()
             self._frames.append((frame, size))
             before, self._bytes = self._bytes, self._bytes + size
-            if len(self._frames) == 1 or before < _GATHER_BYTES <= self._bytes:
+            # not for the first: waking a thread is dear, and an idle one looks by itself before a gathering is over
+            if len(self._frames) == _GATHER_STEPS or before < _GATHER_BYTES <= self._bytes:
                 self._changed.notify_all()
 
     def flush(self, timeout_seconds: float) -> bool:
@@ -134,21 +138,36 @@ class Reducer:
     # Everything below runs in the reducer's thread.
 
     def _run(self) -> None:
-        while frames := self._next():
-            landed = [(frame, frame.transfer.arrays()) for frame in frames]
-            try:
-                self._pass_on(landed)
-            except Exception:  # the fault is one step's: find out whose, keep the others
-                for one in landed:
-                    try:
-                        self._pass_on([one])
-                    except Exception as error:
-                        self._drop(1)
-                        self._complaints.say("reducing", f"a recorded step is lost: {type(error).__name__}: {error}")
+        try:
+            while frames := self._next():
+                self._reduce(frames)
+        finally:
+            with self._changed:
+                self._ended = True
+                self.dropped += len(self._frames)
+                self._frames.clear()
+                self._changed.notify_all()
 
-    def _drop(self, steps: int) -> None:
+    def _reduce(self, frames: Sequence[Frame]) -> None:
+        landed = []
+        for frame in frames:
+            try:
+                landed.append((frame, frame.transfer.arrays()))
+            except Exception as error:
+                self._lost(error)
+        try:
+            self._pass_on(landed)
+        except Exception:  # the fault is one step's: find out whose, keep the others
+            for one in landed:
+                try:
+                    self._pass_on([one])
+                except Exception as error:
+                    self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
         with self._changed:
-            self.dropped += steps
+            self.dropped += 1
+        self._complaints.say("reducing", f"a recorded step is lost: {type(error).__name__}: {error}")
 
     def _next(self) -> list[Frame]:
         """The frames to work on now, in order; none when closed."""
@@ -157,13 +176,10 @@ class Reducer:
             self._changed.notify_all()  # a flush may wait for it
             while True:
                 now = time.monotonic()
-                if self._closing and now >= self._deadline:
-                    self.dropped += len(self._frames)
+                if self._closing and (now >= self._deadline or not self._frames):
                     return []
                 if not self._frames:
-                    if self._closing:
-                        return []
-                    self._changed.wait()
+                    self._changed.wait(self._gather_seconds)
                 elif self._may_gather() and now < self._oldest_at + self._gather_seconds:
                     self._changed.wait(self._oldest_at + self._gather_seconds - now)
                 elif frames := self._pop():
@@ -173,17 +189,26 @@ class Reducer:
                     self._changed.wait(0.001)  # polled: waiting for the device would need a blocking call
 
     def _may_gather(self) -> bool:
-        return not self._closing and not self._flushing and self._bytes < _GATHER_BYTES
+        return not (
+            self._closing or self._flushing or self._bytes >= _GATHER_BYTES or len(self._frames) >= _GATHER_STEPS
+        )
 
     def _pop(self) -> list[Frame]:
         """The oldest frames that have arrived on the host, up to about _GATHER_BYTES."""
         frames: list[Frame] = []
         taken = 0
-        while self._frames and taken < _GATHER_BYTES and self._frames[0][0].transfer.ready():
-            frame, size = self._frames.popleft()
-            frames.append(frame)
-            taken += size
-        self._bytes -= taken
+        while self._frames and taken < _GATHER_BYTES:
+            frame, size = self._frames[0]
+            try:
+                if not frame.transfer.ready():
+                    break
+            except Exception as error:  # of the device
+                self._lost(error)
+            else:
+                frames.append(frame)
+                taken += size
+            self._frames.popleft()
+            self._bytes -= size
         self._oldest_at = time.monotonic()
         return frames
 

@@ -132,6 +132,12 @@ def _clone(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
+def cloned(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with, its tensors copied; as plain containers."""
+    args, kwargs = inputs
+    return tree_map(_clone, args), tree_map(_clone, dict(kwargs))
+
+
 def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 

@@ -23,7 +23,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from brn_core.client import SENDER_THREAD, Answer, Client
 from brn_core.drain import Drained, drain
 from brn_core.journal import Journal
-from brn_core.spool import Spool, SpoolFolder
+from brn_core.spool import Spool, SpoolFolder, without_login
 from brn_core.wire import RunCreate, RunUpdate
 
 logger = logging.getLogger("brn_core")
@@ -70,7 +70,7 @@ class Shipper(Generic[Item]):
         spool: where batches wait for a service that is away; None: such batches are dropped (and counted).
         journal: where each batch is noted before it is sent, for a resumed process; steps that an earlier process has
             settled are not sent again.
-        sends_leftovers: whether to send what earlier runs left in the spool; for one process of a host.
+        sends_leftovers: whether to send what earlier runs left in the spool for the same url; one a host.
         flush_seconds: an item waits at most about this long before it is sent.
         capacity: items that may wait in memory.
         on_acknowledged: called in the shipper's thread with each acknowledgement.
@@ -96,6 +96,8 @@ class Shipper(Generic[Item]):
         self._encode = encode
         self._spool = spool
         self._folder = spool.folder(registration.id, rank) if spool is not None else None
+        if self._folder is not None:
+            self._folder.url = client.url
         self._journal = journal
         self._repeated = None if journal is None else journal.repeated
         self._flush_seconds = flush_seconds
@@ -124,7 +126,8 @@ class Shipper(Generic[Item]):
         self._told_to_wait = False
         self._asking = False
         self._asked: tuple[int, int, bytes] | None = None  # the batch on its way: seq, steps, body
-        self._abandoned = False
+        self._abandoned = False  # the closing thread has taken over what is left
+        self._rescued = False  # it has also taken the batch of the last request
         self._random = random.Random()  # its own: the global generator belongs to training
         self._complaints = Complaints()
         self._thread = threading.Thread(target=self._run, name=SENDER_THREAD, daemon=True)
@@ -201,11 +204,12 @@ class Shipper(Generic[Item]):
             if self._abandoned:
                 return
             self._abandoned = True
+            asked = self._asked  # under one lock with the line above: either this thread has the batch or the other
             batches = []
             while self._items:
                 batches.append(self._take())
-        if self._asked is not None:
-            self._to_spool(*self._asked)
+        if asked is not None:
+            self._to_spool(*asked)
         for items, seq in batches:
             self._ship(items, seq)
         if self._folder is not None and self._end is not None:
@@ -313,13 +317,15 @@ class Shipper(Generic[Item]):
     @contextmanager
     def _request(self, seq: int = 0, steps: int = 0, body: bytes = b"") -> Iterator[None]:
         """Marks the time in which the thread may hang in a connection, with the batch that would then be lost."""
-        self._asked = (seq, steps, body) if body else None
-        self._asking = True
+        with self._changed:
+            self._asked = (seq, steps, body) if body else None
+            self._asking = True
         try:
             yield
         finally:
-            self._asking = False
-            self._asked = None
+            with self._changed:
+                self._asking, self._asked = False, None
+                self._rescued = self._abandoned
 
     def _ship(self, items: Sequence[Item], repeated_seq: int | None = None) -> None:
         if not items:
@@ -345,7 +351,7 @@ class Shipper(Generic[Item]):
                 answer = self._client.send(
                     self._registration, self._rank, seq, body, within_seconds=self._seconds_left()
                 )
-            if self._abandoned:
+            if self._rescued:
                 return
             if answer.outcome == "stored":
                 self._recovered()
@@ -449,7 +455,9 @@ class Shipper(Generic[Item]):
 
     def _send_leftovers(self, spool: Spool) -> None:
         own = self._registration.id
-        found = next((f for f in spool.folders() if f.run != own and f.path not in self._hopeless), None)
+        here = without_login(self._client.url)  # what was meant for another service is no business of this one
+        others = (f for f in spool.folders() if f.run != own and f.path not in self._hopeless)
+        found = next((f for f in others if f.meant_for() == here), None)
         if found is None:
             self._leftovers = False
             return

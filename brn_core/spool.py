@@ -3,6 +3,7 @@
 Layout, one folder a run and rank, complete in itself so that any process can send it later:
 
     DIR/<run>/rank-<rank>/run.json                      the run's registration (wire.RunCreate)
+                          url                           the service it was meant for
                           <seq>-<steps>.arrow           one batch, the body as it would have been sent
                           end.json                      the run's last update (wire.RunUpdate), if it was not delivered
                           refused/<seq>-<steps>.arrow   the first batches that the service refused, for inspection
@@ -25,11 +26,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
+import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
 from brn_core.atomic import replacing
-from brn_core.wire import RUN_ID_PATTERN, RunCreate, RunUpdate
+from brn_core.wire import RUN_ID_PATTERN, RunCreate, RunUpdate, WireError, decode_batch, encode_batch
 
 DEFAULT_LIMIT_BYTES: Final = 256 * 1024 * 1024
 """Most bytes of batches that wait, for each run and rank."""
@@ -89,6 +92,7 @@ class SpoolFolder:
         self._limit_bytes = limit_bytes
         # Bytes of batches at most: others may have sent some. None: not looked yet.
         self._used_bytes: int | None = None
+        self.url: str | None = None  # of the service that the batches are meant for, where this process knows
         self._described = False
         self._postponed: set[int] = set()
 
@@ -153,6 +157,35 @@ class SpoolFolder:
         else:
             parcel.remove()
 
+    def part(self, parcel: Parcel, body: bytes) -> list[Parcel]:
+        """Put two halves of a batch in its place; none where it is of one step or unreadable.
+
+        The halves of seq have the numbers 2 seq and 2 seq + 1: no batch has them (numbers are microseconds since 1970,
+        which double in 2082), and whoever parts the same batch again, after a kill in between, uses the same.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        try:
+            tables = decode_batch(body)
+        except WireError:
+            return []
+        steps = sorted({step for table in tables.values() for step in table["step"].to_pylist()})
+        if len(steps) < 2 or parcel.seq >= 2**63:
+            return []
+        middle, halves = steps[len(steps) // 2], []
+        for half, count in enumerate((len(steps) // 2, len(steps) - len(steps) // 2)):
+            wanted = {
+                name: table.filter(pc.greater_equal(table["step"], middle) if half else pc.less(table["step"], middle))
+                for name, table in tables.items()
+            }
+            seq = 2 * parcel.seq + half
+            path = self.path / f"{seq:020d}-{count}.arrow"
+            _write(path, encode_batch({name: table for name, table in wanted.items() if table.num_rows}))
+            halves.append(Parcel(seq, count, path))
+        parcel.remove()
+        return halves
+
     def parcels(self) -> list[Parcel]:
         """What waits to be sent, oldest first (see `postpone`).
 
@@ -169,6 +202,13 @@ class SpoolFolder:
         """The run's registration, or None where it is missing or unreadable."""
         return _read(self.path / "run.json", RunCreate)
 
+    def meant_for(self) -> str | None:
+        """The service that the batches were to be sent to; None where it is not known."""
+        try:
+            return (self.path / "url").read_text()
+        except OSError:
+            return None
+
     def end(self) -> RunUpdate | None:
         """The run's undelivered last update, if there is one."""
         return _read(self.path / "end.json", RunUpdate)
@@ -183,14 +223,20 @@ class SpoolFolder:
         except OSError:
             return
         partial = [entry for entry in entries if entry.name.endswith(".partial")]
-        if len(entries) - len(partial) > 1 or not (described := _read(self.path / "run.json", RunCreate)):
+        described_by = [entry for entry in entries if entry.name in ("run.json", "url")]
+        if len(entries) - len(partial) > len(described_by) or not (
+            described := _read(self.path / "run.json", RunCreate)
+        ):
             return
-        for entry in [*partial, self.path / "run.json"]:
+        url = self.meant_for()
+        for entry in [*partial, *described_by]:
             entry.unlink(missing_ok=True)
         try:
             self.path.rmdir()
         except OSError:  # a batch was put meanwhile, by a process that still saw run.json
             _write(self.path / "run.json", described.model_dump_json().encode())
+            if url is not None:
+                _write(self.path / "url", url.encode())
             return
         with contextlib.suppress(OSError):  # another rank's folder
             self.path.parent.rmdir()
@@ -200,6 +246,8 @@ class SpoolFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if not self._described or not (self.path / "run.json").exists():
             _write(self.path / "run.json", registration.model_dump_json().encode())
+            if self.url is not None:
+                _write(self.path / "url", without_login(self.url).encode())
             self._described = True
 
     def _make_room(self, needed: int) -> int:
@@ -260,6 +308,11 @@ class Spool:
                     if folder.parcels() or folder.end() is not None:
                         found.append((_modified(entry), folder))
         return [folder for _, folder in sorted(found, key=lambda pair: pair[0])]
+
+
+def without_login(url: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def _parcels_in(folder: Path) -> list[Parcel]:

@@ -74,12 +74,13 @@ def test_segments_of_one_device_travel_in_one_piece_and_come_apart_again():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_ring_that_is_all_in_use_refuses_and_has_its_buffers_back_after_reading():
-    ring = PinnedRing(buffers=1)
+def test_a_ring_grows_with_the_steps_under_way_and_uses_its_buffers_again_after_reading():
+    ring = PinnedRing()
     rings = {torch.device("cuda", 0): ring}
     segments = [Segment(ScalarGroup(("a",)), torch.ones(2, device="cuda:0"))]
-    first = Transfer.start(segments, rings)
-    assert Transfer.start(segments, rings) is None
+    under_way = [Transfer.start(segments, rings) for _ in range(100)]
     torch.cuda.synchronize()
-    assert first.arrays()[0][1].tolist() == [1.0, 1.0]
-    assert Transfer.start(segments, rings) is not None
+    assert [t.arrays()[0][1].tolist() for t in under_way] == [[1.0, 1.0]] * 100
+    assert len(ring._free) == 100
+    Transfer.start(segments, rings)
+    assert len(ring._free) == 99

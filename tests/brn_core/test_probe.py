@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from brn_core.probe import LINEAR_FEATURES, InputProbe, first_tensor
+from brn_core.probe import LINEAR_FEATURES, InputProbe, first_tensor, model_inputs
 from brn_core.wire import PROBE_FEATURES
 
 torch.set_num_threads(1)
@@ -165,3 +165,12 @@ def test_clustered_batches_stand_out_and_independent_ones_do_not():
     clustered = ratio(lambda: torch.randint(10, (2,), generator=generator).repeat_interleave(16))
     assert 0.8 < independent < 1.25
     assert clustered > 5
+
+
+def test_keywords_are_taken_as_the_model_names_them_and_labels_never():
+    class Model(torch.nn.Module):
+        def forward(self, pixel_values, labels=None, mask=None):
+            return pixel_values
+
+    given = {"labels": 1, "mask": 2, "pixel_values": 3}
+    assert list(model_inputs(Model(), given).items()) == [("pixel_values", 3), ("mask", 2)]

@@ -395,6 +395,20 @@ def test_strict_raises_what_breaks_inside(record):
         recorder.step(**{"x" * 201: 1.0})
 
 
+def test_the_shadow_pass_sees_the_input_as_it_was_before_a_model_that_works_in_place(record, service):
+    class InPlace(nn.Module):
+        def forward(self, x):
+            return x.div_(255.0)
+
+    recorder = record(InPlace(), service.url, shadow_every=1)
+    for _ in range(2):
+        recorder._model(torch.full((4, 3), 255.0))
+        recorder.step(shadow_loss=lambda output: output.mean())
+    recorder.close()
+    values = {row["name"]: row["value"] for row in service.rows("scalars")}
+    assert values[wire.SCALAR_SHADOW_EVAL_LOSS] == 1.0
+
+
 @pytest.mark.parametrize("inputs", [{"a": torch.randn(4, 3)}, (None, [torch.randn(4, 3)]), "no tensor"])
 def test_inputs_of_any_kind_are_fine(record, inputs):
     class Model(nn.Module):
@@ -545,12 +559,14 @@ def test_a_process_forked_from_training_records_nothing_and_harms_nothing(record
 
 
 def test_what_waits_when_the_service_is_down_is_in_the_spool_for_the_next_run(record, tmp_path):
+    with FakeService() as service:
+        port, url = service.port, service.url
     model = _net()
-    first = record(model)
+    first = record(model, url)
     _train(model, steps=5, recorder=first)
     first.close(timeout_seconds=0.3)
     assert first.dropped_steps == 0
-    with FakeService() as service:
+    with FakeService(port=port) as service:
         record(_net(), service.url)
         eventually(lambda: service.statuses.get(first.run_id) == "finished")
         assert service.steps() == list(range(5))

@@ -93,3 +93,48 @@ def test_closing_reduces_what_waits_until_the_deadline_and_counts_the_rest(shipp
         late.offer(_frame(step))
     assert late.close(0)
     assert late.dropped == 3
+
+
+class _BrokenCopy(Transfer):
+    """A copy whose device fails when asked whether it has arrived, or when it is read."""
+
+    def __init__(self, where):
+        super().__init__([])
+        self.where = where
+
+    def ready(self):
+        if self.where == "ready":
+            raise RuntimeError("broken on purpose")
+        return True
+
+    def arrays(self):
+        raise RuntimeError("broken on purpose")
+
+
+@pytest.mark.parametrize("where", ["ready", "arrays"])
+def test_a_copy_that_fails_costs_its_own_step_only(reduce, shipper, where):
+    for frame in (_frame(0), _frame(1)._replace(transfer=_BrokenCopy(where)), _frame(2)):
+        reduce.offer(frame)
+    eventually(lambda: len(shipper.items) == 2)
+    assert [item.step for item in shipper.items] == [0, 2]
+    assert reduce.dropped == 1
+    reduce.offer(_frame(3))
+    eventually(lambda: len(shipper.items) == 3)
+    assert reduce._bytes == 0
+
+
+def test_a_step_offered_after_the_end_is_counted(shipper):
+    ended = Reducer([1e-5], 1, shipper, lambda: 0, flush_seconds=60)
+    assert ended.close(5)
+    ended.offer(_frame(0))
+    assert ended.dropped == 1
+
+
+def test_fast_steps_are_not_gathered_until_the_time_is_up(shipper, monkeypatch):
+    monkeypatch.setattr(reducer, "_GATHER_SECONDS", 3600.0)
+    patient = Reducer([1e-5], 1, shipper, lambda: 0, flush_seconds=3600)
+    for step in range(reducer._GATHER_STEPS):
+        patient.offer(_frame(step))
+    eventually(lambda: len(shipper.items) == reducer._GATHER_STEPS)
+    assert patient.close(5)
+    assert patient.dropped == 0

@@ -14,7 +14,7 @@ from fake_service import FakeService, Fault, eventually
 
 from brn_core import shipper as module
 from brn_core import wire
-from brn_core.client import Client, _retry_after_seconds
+from brn_core.client import Answer, Client, _retry_after_seconds
 from brn_core.drain import drain
 from brn_core.packer import StepRows, tables
 from brn_core.shipper import Complaints, Shipper
@@ -355,10 +355,11 @@ def test_closing_keeps_its_deadline_with_a_dead_service_and_spools_the_rest(ship
 
 
 def test_the_next_run_sends_what_an_earlier_one_left(ship, tmp_path):
-    first = ship(f"http://127.0.0.1:{_free_port()}", rank=0)
+    port = _free_port()
+    first = ship(f"http://127.0.0.1:{port}", rank=0)
     first.offer(_step(0))
     first.close(timeout_seconds=0.3, end=RunUpdate(status="failed"))
-    with FakeService() as service:
+    with FakeService(port=port) as service:
         second = ship(service.url, registration=RunCreate(id="run-2", name="next"))
         eventually(lambda: service.statuses.get("run-1") == "failed")
         assert service.steps() == [0]
@@ -653,3 +654,69 @@ def test_a_password_in_the_services_address_is_sent_and_never_shown() -> None:
         with pytest.raises(ValueError, match="url must look like") as caught:
             Client(bad)
         assert "hunter22" not in str(caught.value)
+
+
+def test_a_request_that_ends_while_the_closing_thread_takes_over_loses_nothing(ship, tmp_path, monkeypatch):
+    ends = threading.Event()
+
+    def send(self, *args, **settings):
+        ends.wait(30)
+        return Answer("unavailable", "no answer")
+
+    monkeypatch.setattr(Client, "send", send)
+    shipper = ship(f"http://127.0.0.1:{_free_port()}", rank=1, flush_seconds=0.01)
+    shipper.offer(_step(0))
+    eventually(lambda: shipper._asked)
+    for i in range(1, 300):
+        shipper.offer(_step(i))
+    take = shipper._take
+
+    def take_slowly():
+        if not ends.is_set():
+            ends.set()
+            time.sleep(0.2)  # the sender has time to see the request's end, if it may
+        return take()
+
+    monkeypatch.setattr(shipper, "_take", take_slowly)
+    shipper.close(timeout_seconds=0.1)
+    shipper._thread.join(10)
+    parcels = Spool(tmp_path).folder("run-1", 1).parcels()
+    assert sum(parcel.steps for parcel in parcels) == 300
+    assert shipper.dropped == 0
+
+
+def test_a_spooled_batch_that_is_too_large_for_a_proxy_is_parted_too(ship, tmp_path, monkeypatch):
+    port = _free_port()
+    shipper = ship(f"http://127.0.0.1:{port}", flush_seconds=30)
+    for i in range(64):
+        shipper.offer(StepRows(i, scalars={f"{random.random()}": 1.0 for _ in range(8)}))
+    assert shipper.flush(10)
+    assert [parcel.steps for parcel in Spool(tmp_path).folder("run-1", 0).parcels()] == [64]
+    service = FakeService(port=port)
+    real = service.answer
+
+    def answer(method, path, query, body):
+        return (413, {}) if "batches" in path and len(body) > 2500 else real(method, path, query, body)
+
+    monkeypatch.setattr(service, "answer", answer)
+    with service:
+        eventually(lambda: not shipper._spooled)
+        shipper.close()
+        assert service.steps() == list(range(64))
+        assert len(service.rows("scalars")) == 64 * 8, "none twice"
+    assert shipper.dropped == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_meant_for_another_service_stays_where_it_is(ship, tmp_path):
+    first = ship(f"http://user:word@127.0.0.1:{_free_port()}")
+    first.offer(_step(0))
+    first.close(timeout_seconds=0.3)
+    with FakeService() as other:
+        second = ship(other.url, registration=RunCreate(id="run-2", name="next"))
+        eventually(lambda: not second._leftovers)
+        second.close()
+        assert list(other.runs) == ["run-2"]
+    folder = Spool(tmp_path).folder("run-1", 0)
+    assert [parcel.steps for parcel in folder.parcels()] == [1]
+    assert "word" not in folder.meant_for()
