@@ -195,7 +195,8 @@ class BatchRenorm(nn.Module):
     @torch.no_grad()
     def set_limits(self, r_max: float, d_max: float, r_min: float | None = None) -> None:
         """Put limits in force from the next forward on; r_min is 1 / r_max if None."""
-        r_min = 1 / r_max if r_min is None and r_max else r_min
+        if r_min is None:
+            r_min = 1 / r_max if r_max else 0.0
         require_limits(r_min, r_max, d_max)
         self.r_min.fill_(r_min)
         self.r_max.fill_(r_max)
