@@ -14,11 +14,13 @@ import argparse
 import datetime
 import os
 import platform
+import random
 import runpy
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -104,6 +106,9 @@ PEERS: dict[str, tuple[str, Callable[[int, int], nn.Module]]] = {
 }
 
 
+_DISTRIBUTION = {"torchrl": "torchrl", "avalanche": "avalanche-lib", "sb3-contrib": "sb3-contrib", "keras": "keras"}
+
+
 def candidates(shape: tuple[int, ...]) -> dict[str, nn.Module]:
     channels, dims = shape[1], len(shape)
     ours, theirs = (BatchRenorm2d, nn.BatchNorm2d) if dims == 4 else (BatchRenorm1d, nn.BatchNorm1d)
@@ -157,8 +162,8 @@ def measure(
     rounds *= 1 if x.numel() > 5e6 else 3 if x.numel() > 1e6 else 10
     times: dict[str, list[float]] = {name: [] for name in layers}
     for i in range(rounds + 2):
-        for name, layer in layers.items():
-            taken = seconds(layer, x, grad)
+        for name in random.sample(list(layers), len(layers)):  # who follows whom tells in the caches
+            taken = seconds(layers[name], x, grad)
             if i >= 2:  # warm
                 times[name].append(taken)
     base = times["BatchNorm"]
@@ -182,7 +187,8 @@ def main() -> None:
 
     missing = [name for name, (module, _) in PEERS.items() if args.compile or find_spec(module) is None]
     columns = ["BatchNorm ms", "ours", *(["ours, observed"] if not args.compile else []), "plain formula"]
-    columns += [name for name in PEERS if name not in missing]
+    measured = [name for name in PEERS if name not in missing]
+    columns += measured
     cuda = args.device == "cuda"
     options = f" --rounds {args.rounds}" + " --compile" * args.compile + " --device cuda" * cuda
     machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} CPUs"
@@ -194,7 +200,8 @@ def main() -> None:
         f"`python benchmarks/layer.py{options}`, {datetime.date.today()}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {machine}, load {load:.1f} at the start.",
         "",
-        f"{timing}, layers interleaved, median of paired per-round ratios. CL = channels_last.",
+        f"{timing}, layers interleaved in random order, median of paired per-round ratios. CL = channels_last.",
+        f"Peers: {', '.join(f'{name} {version(_DISTRIBUTION[name])}' for name in measured) or 'none'}.",
         f"Peers not {'compiled' if args.compile else 'installed'}, so not measured: {', '.join(missing) or 'none'}."
         + " GPU: not measured." * (not cuda),
         "",

@@ -463,8 +463,19 @@ def batch_renorm(
         y with x's shape and dtype.
 
     Raises:
-        ValueError: training with one value per channel.
+        ValueError: training with one value per channel, limits outside their range, moving statistics of another
+            length or of 16 bits, a mask that is not bool or does not broadcast to x.
     """
+    for name, running in (("running_mean", running_mean), ("running_std", running_std)):
+        if running.shape != x.shape[1:2] or running.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} must be float32 or float64 of shape ({x.shape[1]},), got {running.dtype} of shape "
+                f"{tuple(running.shape)}"
+            )
+    if mask is not None:
+        require_mask(mask, x)
+    if not any(isinstance(limit, Tensor) for limit in (r_min, r_max, d_max)):  # reading a tensor would sync
+        require_limits(1 / r_max if r_min is None and r_max else r_min, r_max, d_max)
     if not training or x.numel() == 0:
         return inference(x, running_mean, running_std, weight, bias)
     require_spread(x)
@@ -478,6 +489,26 @@ def batch_renorm(
         return correct_(moments, sigma_B, running_mean, running_std, limits, momentum)
 
     return renormalize(x, weight, bias, correct, eps, mask=mask)
+
+
+def require_limits(r_min: Any, r_max: Any, d_max: Any) -> None:
+    """Raise ValueError where limits, as numbers, are outside their range."""
+    if not r_max >= 1:
+        raise ValueError(f"r_max must be >= 1 (1 is batch normalization), got {r_max}")
+    if not d_max >= 0:
+        raise ValueError(f"d_max must be >= 0 (0 is batch normalization), got {d_max}")
+    if not 0 <= r_min <= 1:
+        raise ValueError(f"r_min must be in [0, 1], got {r_min}")
+
+
+def require_mask(mask: Tensor, x: Tensor) -> None:
+    """Raise ValueError if `mask` is not bool or does not broadcast to `x` (N, C, *)."""
+    fits = mask.dim() == x.dim() and all(m in (1, n) for m, n in zip(mask.shape, x.shape, strict=True))
+    if mask.dtype != torch.bool or not fits:
+        raise ValueError(
+            f"a mask must be bool and broadcast to the input of shape {tuple(x.shape)}, "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
 
 
 def require_spread(x: Tensor) -> None:

@@ -7,6 +7,7 @@ passes treat every subclass of that as plain batch normalization and would silen
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from brn_core.functional import (
     in_backward,
     inference,
     renormalize,
+    require_limits,
+    require_mask,
     require_spread,
 )
 from brn_core.moments import Moments
@@ -127,13 +130,11 @@ class BatchRenorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        r_min = 1 / r_max if r_min is None and r_max >= 1 else r_min
+        r_min = 1 / r_max if r_min is None and r_max else r_min
         _check(num_features >= 1, f"num_features must be >= 1, got {num_features}")
         _check(eps >= 0, f"eps must be >= 0, got {eps}")
         _check(0 < momentum <= 1, f"momentum is the weight of the new batch, in (0, 1], got {momentum}")
-        _check(r_max >= 1, f"r_max must be >= 1 (1 is batch normalization), got {r_max}")
-        _check(d_max >= 0, f"d_max must be >= 0 (0 is batch normalization), got {d_max}")
-        _check(r_min is not None and 0 <= r_min <= 1, f"r_min must be in [0, 1], got {r_min}")
+        require_limits(r_min, r_max, d_max)
         _check(stat in get_args(Stat), f"stat must be one of {get_args(Stat)}, got {stat!r}")
         _check(sync in get_args(Sync), f"sync must be one of {get_args(Sync)}, got {sync!r}")
         _check(accumulation_steps >= 1, f"accumulation_steps must be >= 1, got {accumulation_steps}")
@@ -194,7 +195,10 @@ class BatchRenorm(nn.Module):
     @torch.no_grad()
     def set_limits(self, r_max: float, d_max: float, r_min: float | None = None) -> None:
         """Put limits in force from the next forward on; r_min is 1 / r_max if None."""
-        self.r_min.fill_(1 / r_max if r_min is None else r_min)
+        if r_min is None:
+            r_min = 1 / r_max if r_max else 0.0
+        require_limits(r_min, r_max, d_max)
+        self.r_min.fill_(r_min)
         self.r_max.fill_(r_max)
         self.d_max.fill_(d_max)
 
@@ -219,6 +223,8 @@ class BatchRenorm(nn.Module):
             self._check_ranks()
         if mask is not None and mask.dim() == x.dim() - 1:
             mask = mask.unsqueeze(1)
+        if mask is not None:
+            require_mask(mask, x)
         size = self.virtual_batch_size
         return renormalize(
             x,
@@ -276,8 +282,9 @@ class BatchRenorm(nn.Module):
         alpha: float = 1 - (1 - self.momentum) ** (1 / self.accumulation_steps)
         if not self.debias:
             return alpha
-        decayed = torch.pow(1 - alpha, (self.num_batches_tracked + 1).to(self.running_mean.dtype))
-        return alpha / (1 - decayed)
+        # 1 - (1 - alpha)^t, which is 0 in floating point where alpha is small
+        per_batch = math.log1p(-alpha) if alpha < 1 else -math.inf
+        return alpha / -torch.expm1((self.num_batches_tracked + 1).to(self.running_mean.dtype) * per_batch)
 
     def _keep_observation(self, moments: Moments, sigma_B: Tensor) -> None:
         mu_B, _, _, mean_NC, var_NC = moments
@@ -348,6 +355,10 @@ class BatchRenorm(nn.Module):
             state_dict[prefix + "running_std"] = (wide + self.eps).sqrt()
             for name in ("num_batches_tracked", *_LIMITS):
                 state_dict.setdefault(prefix + name, self.get_buffer(name).clone())
+        for name in (*_STATISTICS, *_LIMITS):  # with assign=True they would become the layer's as they are
+            value = state_dict.get(prefix + name)
+            if value is not None and value.dtype in (torch.bfloat16, torch.float16):
+                state_dict[prefix + name] = value.float()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
 
     One pass over `loader`: BatchRenorm layers normalize with their batch (r = 1, d = 0), everything else runs in eval
     mode, and what each layer is fed is pooled in float64, variance between batches included. With a process group,
-    layers with sync="moments" or "ema" pool over the ranks. Frozen layers stay as they are. Afterwards modes, limits
+    layers with sync="moments" or "ema" pool over the ranks; sync="moments" also joins the ranks' batches at every
+    forward, so all ranks have to give equally many. Frozen layers stay as they are. Afterwards modes, limits
     and the batch counter are as before; if the loader or the model raises, the statistics are too.
 
     Args:
@@ -71,7 +72,8 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
         device: where to put the inputs; where they are if None.
 
     Raises:
-        ValueError: the loader was empty, or a layer got fewer than two values per channel from all of it.
+        ValueError: the loader was empty, a layer got fewer than two values per channel from all of it or one from a
+            single batch (a last batch of one sample: build the loader with drop_last=True), or a NaN or an infinity.
     """
     layers = {m: _Pool(m) for m in model.modules() if isinstance(m, BatchRenorm) and not m.frozen}
     modes = {m: m.training for m in model.modules()}
@@ -112,6 +114,11 @@ def _set(layers: dict[BatchRenorm, _Pool]) -> None:
             raise ValueError(
                 f"a BatchRenorm of {layer.num_features} channels was fed fewer than 2 values per channel: "
                 "give a loader with data, and leave out layers that the model does not use (layer.frozen = True)"
+            )
+        if not bool((total.mean_C.isfinite() & total.var_C.isfinite()).all()):  # host sync
+            raise ValueError(
+                f"a BatchRenorm of {layer.num_features} channels was fed a NaN or an infinity: "
+                "its statistics would be none; look for it in the data and in the layers before"
             )
         new[layer] = total
     with torch.no_grad():

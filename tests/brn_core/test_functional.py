@@ -228,6 +228,23 @@ def test_one_value_per_channel_is_an_error_that_names_the_shape():
         batch_renorm(torch.randn(1, 3), torch.zeros(3), torch.ones(3), r_max=1, d_max=0)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"running_mean": torch.zeros(3, dtype=torch.bfloat16)}, "running_mean must be float32"),
+        ({"running_std": torch.ones(2)}, r"running_std must be .* shape \(3,\)"),
+        ({"r_max": 0.5}, "r_max must be >= 1"),
+        ({"d_max": -1.0}, "d_max must be >= 0"),
+        ({"mask": torch.ones(4, 1)}, "a mask must be bool"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_in_words(change, message):
+    good = {"running_mean": torch.zeros(3), "running_std": torch.ones(3), "r_max": 2.0, "d_max": 1.0}
+    with pytest.raises(ValueError, match=message):
+        batch_renorm(torch.randn(4, 3), **(good | change))
+
+
 @given(
     seed=st.integers(0, 2**32 - 1),
     shape=st.sampled_from(SHAPES[:4]),

@@ -369,6 +369,12 @@ def test_a_batch_norm_checkpoint_loads_strictly_with_the_same_inference_output()
     assert float(layer.r_max) == 3
 
 
+def test_a_16_bit_checkpoint_that_is_assigned_leaves_float32_statistics():
+    layer = BatchRenorm2d(3)
+    layer.load_state_dict(nn.BatchNorm2d(3).bfloat16().state_dict(), assign=True)
+    assert layer.running_mean.dtype == layer.running_std.dtype == layer.r_max.dtype == torch.float32
+
+
 def test_a_layer_inside_a_model_takes_a_batch_norm_checkpoint_too():
     bn = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     bn(torch.randn(8, 2))
@@ -631,6 +637,27 @@ def test_convert_refuses_what_has_no_inference_output_to_keep(layer, message):
             convert_batchnorm(nn.Sequential(layer))
 
 
+def test_debias_with_a_tiny_momentum_stays_finite():
+    layer, x = BatchRenorm1d(2, momentum=1e-9, debias=True), torch.randn(8, 2)
+    layer(x)
+    torch.testing.assert_close(layer.running_mean, x.mean(0))
+
+
+@pytest.mark.parametrize("limits", [(0.5, 0.0), (1.0, -1.0), (0.0, 0.0), (2.0, 1.0, 1.5), (float("nan"), 0.0)], ids=str)
+def test_limits_out_of_range_are_refused_later_too(limits):
+    layer = BatchRenorm1d(3)
+    before = _state(layer)
+    with pytest.raises(ValueError, match="must be"):
+        layer.set_limits(*limits)
+    assert _same(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(4, 5), torch.ones(4, 3, dtype=torch.bool)], ids=["float", "wrong shape"])
+def test_a_mask_that_is_none_is_refused_in_words(mask):
+    with pytest.raises(ValueError, match="a mask must be bool"):
+        BatchRenorm1d(3)(torch.randn(4, 3, 5), mask)
+
+
 def test_update_statistics_gives_the_exact_statistics_of_the_data():
     data = torch.randn(50, 3, 4) * torch.tensor([1.0, 2.0, 5.0])[:, None] + 7
     data[25:] += 10  # a variance between batches, which a mean of batch variances would lose
@@ -677,6 +704,17 @@ def test_update_statistics_that_fails_leaves_the_model_as_it_was():
         update_statistics(model, [])
     assert _same(model.state_dict(), before)
     assert model[0].training
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_update_statistics_refuses_a_bad_sample_and_leaves_the_statistics(bad):
+    model = nn.Sequential(_trained(BatchRenorm1d(3)))
+    before, x = _state(model), torch.randn(8, 3)
+    broken = x.clone()
+    broken[2, 1] = bad
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        update_statistics(model, [x, broken])
+    assert _same(model.state_dict(), before)
 
 
 def test_average_statistics_without_a_process_group_changes_nothing():
