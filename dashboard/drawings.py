@@ -15,6 +15,7 @@ from dashboard.figures import causes as cause_views
 from dashboard.figures import effective_batch as batch_views
 from dashboard.figures import layer_map as layer_maps
 from dashboard.figures import moments as moment_views
+from dashboard.figures import probe as probe_views
 from dashboard.figures import rank_spread as rank_views
 from dashboard.figures import schedule as schedules
 from dashboard.figures.advice import advice
@@ -132,6 +133,12 @@ def finding_evidence(store: Store, run_id: str, look: Look, key: str) -> go.Figu
         names = [name for name in asked.names if name in answers.scalars(store, run_id, points=1).names]
         shown = answers.scalars(store, run_id, names, rank=asked.rank, **look.span)
         figure = scalar_panels(shown, columns=look.columns, palette=look.palette)
+    elif asked.route == "probe" and found is not None and found.ranks:
+        ranks = rank_views.shown_ranks(answers.run(store, run_id).world_size, found.ranks)
+        probes = [answers.probe(store, run_id, rank=rank, **look.span) for rank in ranks]
+        figure = probe_views.inputs_of_ranks(probes, palette=look.palette)
+    elif asked.route == "probe":
+        figure = probe_views.clustering(answers.probe(store, run_id, points=1, **look.span), palette=look.palette)
     elif asked.route == "heatmap" and asked.stats:
         answer = answers.heatmap(store, run_id, asked.stats[0], rank=asked.rank, **look.span)
         figure = layer_maps.layer_map(answer, compact=look.compact, palette=look.palette)
@@ -182,9 +189,11 @@ def rank_curves(store: Store, run_id: str, look: Look) -> go.Figure:
     run = answers.run(store, run_id)
     if not run.layers:
         return without_data("This run has no normalization layers.", look.palette, height=160)
+    outlier = answers.ranks(store, run_id, from_step=look.steps.first, to_step=look.steps.last).outlier
+    always = (outlier.rank,) if outlier is not None else ()
     curves = [
         answers.series(store, run_id, rank_views.STATISTICS, layer=look.layer or 0, rank=rank, points=300, **look.span)
-        for rank in range(min(run.world_size, rank_views.CURVES))
+        for rank in rank_views.shown_ranks(run.world_size, always)
     ]
     return in_view(rank_views.rank_curves(curves, compact=look.compact, palette=look.palette), look.steps, look.palette)
 

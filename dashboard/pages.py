@@ -37,7 +37,6 @@ from dashboard.views import (
 )
 from service import answers, windows
 from service.access import require_token
-from service.answers.comparison import Axis
 from service.answers.records import RunOrder
 from service.errors import Invalid, NotFound
 from service.memo import Memo
@@ -177,6 +176,15 @@ def first_layer_page(request: Request, run_id: str) -> Response:
 
 @router.get("/runs/{run_id}/layers/{layer}")
 def layer_page(request: Request, run_id: str, layer: int, snapshot: int | None = None) -> Response:
+    return render(request, "layer.html", _layer_context(request, run_id, layer, snapshot))
+
+
+@router.get("/runs/{run_id}/layers/{layer}/fragment")
+def layer_fragment(request: Request, run_id: str, layer: int, snapshot: int | None = None) -> Response:
+    return render(request, "layer_fragment.html", _layer_context(request, run_id, layer, snapshot))
+
+
+def _layer_context(request: Request, run_id: str, layer: int, snapshot: int | None) -> dict[str, Any]:
     store = store_of(request)
     context = _head_context(request, run_id)
     run: Run = context["run"]
@@ -191,35 +199,40 @@ def layer_page(request: Request, run_id: str, layer: int, snapshot: int | None =
         "batch": batch_views.HEIGHT,
         "channels": channel_views.HEIGHT,
     }
-    own = {"layer": run.layers[layer], "channels": found, "heights": heights}
-    return render(request, "layer.html", context | own)
+    return context | {"layer": run.layers[layer], "channels": found, "heights": heights}
 
 
 RANK_CODES: Final = ("NH-RANKSKEW", "NH-RANKDUP", "NH-MISSING", "NH-BUFFERS", "NH-UNEVEN")
 """Findings that are about ranks."""
 
 
+FirstStep = Annotated[int | None, Query(alias="from", ge=0, lt=2**53)]
+LastStep = Annotated[int | None, Query(alias="to", ge=0, lt=2**53)]
+
+
 @router.get("/runs/{run_id}/ranks")
-def ranks_page(
-    request: Request,
-    run_id: str,
-    first: Annotated[int | None, Query(alias="from", ge=0, lt=2**53)] = None,
-    last: Annotated[int | None, Query(alias="to", ge=0, lt=2**53)] = None,
-) -> Response:
+def ranks_page(request: Request, run_id: str, first: FirstStep = None, last: LastStep = None) -> Response:
+    return render(request, "ranks.html", _ranks_context(request, run_id, first, last))
+
+
+@router.get("/runs/{run_id}/ranks/fragment")
+def ranks_fragment(request: Request, run_id: str, first: FirstStep = None, last: LastStep = None) -> Response:
+    return render(request, "ranks_fragment.html", _ranks_context(request, run_id, first, last))
+
+
+def _ranks_context(request: Request, run_id: str, first: int | None, last: int | None) -> dict[str, Any]:
     context = _head_context(request, run_id)
     found = answers.ranks(store_of(request), run_id, from_step=first, to_step=last)
     diagnosis = windows.diagnosis(store_of(request), run_id)
     said = [finding for finding in by_severity(diagnosis.findings) if finding.code in RANK_CODES]
     heights = {"ranks": rank_views.height(len(found.layers)), "curves": rank_views.CURVES_HEIGHT}
-    return render(
-        request, "ranks.html", context | {"ranks": rank_rows(found), "found": found, "said": said, "heights": heights}
-    )
+    return context | {"ranks": rank_rows(found), "found": found, "said": said, "heights": heights}
 
 
 def rank_rows(found: Ranks) -> list[dict[str, Any]]:
     """Each rank with a word for how it is: missing, behind, slow, apart or fine."""
     times = sorted(rank.step_time_seconds for rank in found.ranks if rank.step_time_seconds)
-    middle = times[len(times) // 2] if times else None
+    middle = times[(len(times) - 1) // 2] if times else None  # of two the faster: a slow one is seen
     rows = []
     for rank in found.ranks:
         words = []
@@ -287,16 +300,23 @@ def compare_page(
     request: Request,
     runs: str = "",
     run: Words = [],  # noqa: B006
-    by: Axis = "step",
-    stat: str = DEFAULT_STATISTIC,
 ) -> Response:
     if run:  # a form without scripts repeats its field
         return RedirectResponse(f"/compare?{urlencode({'runs': ','.join(run)}, safe=',')}", status_code=303)
+    return render(request, "compare.html", _compare_context(request, runs) | {"groups": statistic_groups()})
+
+
+@router.get("/compare/fragment")
+def compare_fragment(request: Request, runs: str) -> Response:
+    return render(request, "compare_fragment.html", _compare_context(request, runs))
+
+
+def _compare_context(request: Request, runs: str) -> dict[str, Any]:
     ids = [own for own in dict.fromkeys(runs.split(",")) if own]
     if len(ids) < 2:
         raise Invalid("choose two or more runs in the list of runs to compare them")
-    found, records = drawings.comparison_of(store_of(request), ids, stat, by)
-    return render(request, "compare.html", compare_context(found, records) | {"ids": ids, "groups": statistic_groups()})
+    found, records = drawings.comparison_of(store_of(request), ids, DEFAULT_STATISTIC, "step")
+    return compare_context(found, records) | {"ids": ids}
 
 
 @router.get("/compare/report")

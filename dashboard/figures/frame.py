@@ -52,7 +52,11 @@ def in_view(figure: go.Figure, steps: Steps, palette: Palette) -> go.Figure:
 
     Another range is another `uirevision`, so that it takes the place of a zoom by hand; the same one leaves that alone.
     """
-    axes = [(name, axis) for name, axis in figure.layout.to_plotly_json().items() if name.startswith("xaxis")]
+    layout = figure.layout.to_plotly_json()
+    axes = [(name, axis) for name, axis in layout.items() if name.startswith("xaxis")]
+    for name in layout:
+        if name.startswith("yaxis"):  # a drag chooses steps: a page has no way back from a cropped y axis
+            figure.layout[name].fixedrange = True
     shapes: list[Part] = []
     for name, axis in axes:
         if axis.get("visible") is False:

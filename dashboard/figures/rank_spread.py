@@ -31,6 +31,13 @@ _ROW: Final = 160
 CURVES_HEIGHT: Final = 2 * _ROW + 44 + 76
 
 
+def shown_ranks(world_size: int, always: Sequence[int] = ()) -> list[int]:
+    """The ranks to draw of so many, in order: those that it is about, and the first others, `CURVES` in all."""
+    others = [rank for rank in range(world_size) if rank not in always]
+    about = sorted(always)[:CURVES]
+    return sorted([*about, *others[: CURVES - len(about)]])
+
+
 def height(layers: int) -> int:
     """Of the spread, in pixels."""
     return min(900, 110 + max(3, layers) * (26 if layers <= 16 else 15))
@@ -120,7 +127,7 @@ def _caption(ranks: Ranks) -> str:
 def rank_curves(curves: Sequence[Series], *, compact: bool = False, palette: Palette = PALETTES["light"]) -> go.Figure:
     """Since when does a rank see other data than the rest?
 
-    Batch mean and deviation of one layer over steps, one line a rank (of the first `CURVES`), means over buckets.
+    Batch mean and deviation of one layer over steps, one line a rank (of `shown_ranks`), means over buckets.
     """
     drawn = [series for series in curves if series.steps]
     if not drawn:

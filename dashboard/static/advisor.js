@@ -6,6 +6,12 @@ import { ask } from "./service.js";
 const STEPS = ["bn_steps", "r_steps", "d_steps"];
 const NAMES = ["r_max", "d_max", ...STEPS];
 
+/** To three digits, upwards: limits rounded down would clip more than was asked for. @param {number} value */
+function roundUp(value) {
+  const near = Number(value.toPrecision(3));
+  return near >= value ? near : Number((near + 10 ** (Math.floor(Math.log10(value)) - 2)).toPrecision(3));
+}
+
 export function advisorPage() {
   const main = /** @type {HTMLElement} */ (document.getElementById("main"));
   const line = document.getElementById("line");
@@ -23,7 +29,7 @@ export function advisorPage() {
   /** @param {Record<string, number>} values */
   function set(values) {
     for (const [name, value] of Object.entries(values)) {
-      const text = STEPS.includes(name) ? String(Math.round(value)) : String(Math.round(value * 100) / 100);
+      const text = STEPS.includes(name) ? String(Math.round(value)) : String(value);
       if (input(name).value === text) continue;
       input(name).value = text;
       input(name).dispatchEvent(new Event("change", { bubbles: true }));
@@ -52,7 +58,7 @@ export function advisorPage() {
     if (says) says.textContent = "Looking …";
     try {
       const { schedule } = await (await ask(`/v1${main.dataset.home}/schedule?${query}`)).json();
-      if (schedule) set(schedule);
+      if (schedule) set({ ...schedule, r_max: roundUp(schedule.r_max), d_max: roundUp(schedule.d_max) });
       if (says) says.textContent = schedule ? "" : "No finite limits clip so little.";
     } catch (error) {
       if (says) says.textContent = error instanceof Error ? error.message : "";

@@ -1,48 +1,75 @@
 // @ts-check
 // Changing and deleting runs, each only after a dialog that says what will happen.
 
-import { changeRun, deleteRun } from "./service.js";
+import { changeRun, complain, deleteRun, recordOf, Refusal } from "./service.js";
 
-/** @typedef {{id: string, name: string, tags: string, notes: string}} Chosen */
+/** @typedef {{id: string, name: string}} Chosen */
+/** @typedef {import("./service.js").RunRecord} RunRecord */
 
 /** @param {() => Chosen[]} chosen which runs it is about @param {(deleted: string[]) => void} done */
 export function offerDialogs(chosen, done) {
   for (const button of document.querySelectorAll("[data-dialog]")) {
-    button.addEventListener("click", () => {
+    button.addEventListener("click", async () => {
       const kind = /** @type {HTMLElement} */ (button).dataset.dialog;
       const dialog = document.getElementById(`${kind}-dialog`);
       if (!(dialog instanceof HTMLDialogElement)) return;
-      fill(dialog, chosen());
-      dialog.showModal();
+      try {
+        const runs = chosen();
+        if (kind === "edit") stored = runs.length ? await recordOf(runs[0].id) : null;
+        fill(dialog, runs, stored);
+        dialog.showModal();
+      } catch (error) {
+        complain(error);
+      }
     });
   }
   for (const button of document.querySelectorAll("dialog [data-close]"))
     button.addEventListener("click", () => /** @type {HTMLDialogElement} */ (button.closest("dialog")).close());
 
   on("edit-dialog", async (dialog) => {
-    const form = new FormData(/** @type {HTMLFormElement} */ (dialog.querySelector("form")));
-    const text = (/** @type {string} */ name) => String(form.get(name) ?? "");
-    const tags = text("tags").split(",").map((tag) => tag.trim()).filter(Boolean);
-    for (const run of chosen()) await changeRun(run.id, { name: text("name"), tags, notes: text("notes") });
+    if (!stored) return;
+    /** @type {Record<string, string | string[]>} */
+    const changes = {};
+    for (const field of fieldsOf(dialog)) {
+      if (field.value === shown(stored, field.name)) continue;
+      changes[field.name] = field.name === "tags" ? field.value.split(",").map((tag) => tag.trim()).filter(Boolean) : field.value;
+    }
+    if (Object.keys(changes).length) await changeRun(stored.id, changes);
     done([]);
   });
   on("delete-dialog", async () => {
-    const runs = chosen();
-    for (const run of runs) await deleteRun(run.id);
-    done(runs.map((run) => run.id));
+    /** @type {string[]} */
+    const deleted = [];
+    try {
+      for (const run of chosen()) {
+        await deleteRun(run.id).catch((error) => {
+          if (!(error instanceof Refusal && error.status === 404)) throw error; // somebody else was faster
+        });
+        deleted.push(run.id);
+      }
+    } finally {
+      if (deleted.length) done(deleted); // also of a half: the next try is about the rest
+    }
   });
 }
 
-/** @param {HTMLDialogElement} dialog @param {Chosen[]} runs */
-function fill(dialog, runs) {
+/** What the dialog was filled with: only what differs from it is sent, so that nobody's change is undone.
+ * @type {RunRecord | null} */
+let stored = null;
+
+/** @param {RunRecord} run @param {string} name */
+const shown = (run, name) => (name === "tags" ? run.tags.join(", ") : name === "notes" ? run.notes : run.name);
+
+/** @param {HTMLDialogElement} dialog */
+const fieldsOf = (dialog) => /** @type {NodeListOf<HTMLInputElement | HTMLTextAreaElement>} */ (dialog.querySelectorAll("input, textarea"));
+
+/** @param {HTMLDialogElement} dialog @param {Chosen[]} runs @param {RunRecord | null} record */
+function fill(dialog, runs, record) {
   const wrong = /** @type {HTMLElement} */ (dialog.querySelector(".wrong"));
   wrong.hidden = true;
   const what = dialog.querySelector(".victims");
   if (what) what.textContent = runs.map((run) => run.name).join(", ");
-  const [run] = runs;
-  for (const field of dialog.querySelectorAll("input, textarea"))
-    if (run && (field instanceof HTMLInputElement || field instanceof HTMLTextAreaElement))
-      field.value = run[/** @type {"name" | "tags" | "notes"} */ (field.name)];
+  if (record) for (const field of fieldsOf(dialog)) field.value = shown(record, field.name);
 }
 
 /** @param {string} id @param {(dialog: HTMLDialogElement) => Promise<void>} work */

@@ -112,10 +112,9 @@ export class Figure {
       if (error instanceof Refusal) {
         this.caption.textContent = `This figure cannot be drawn: ${error.message}`;
         if (this.section.dataset.state !== "ready") this.section.dataset.state = "error";
-        if (error.status === 422) return; // of this figure only: the caption says it
-      } else {
-        this.stale = true;
+        if (error.status === 422) return; // asked again it would be refused again
       }
+      this.stale = true;
       throw error;
     }
   }

@@ -41,10 +41,8 @@ if (main.dataset.page === "runs") runsPage();
 if (main.dataset.page === "panels") {
   panelsPage();
   advisorPage();
-  const field = (/** @type {string} */ name) => /** @type {HTMLInputElement | null} */ (document.querySelector(`#edit-dialog [name=${name}]`));
   if (main.dataset.events) {
-    // What the page was rendered with, and not what somebody began to type.
-    const own = { id: main.dataset.run ?? "", name: field("name")?.value ?? "", tags: field("tags")?.value ?? "", notes: field("notes")?.value ?? "" };
-    offerDialogs(() => [own], (deleted) => location.assign(deleted.length ? "/" : location.href));
+    const own = { id: main.dataset.run ?? "", name: document.querySelector("h1")?.textContent ?? "" };
+    offerDialogs(() => [own], (deleted) => (deleted.length ? location.assign("/") : location.reload()));
   }
 }

@@ -4,11 +4,13 @@
 
 import { Figure } from "./figures.js";
 import { refreshParts } from "./parts.js";
-import { complain, isGone, lost, paced, say } from "./service.js";
+import { complain, isGone, paced, say } from "./service.js";
 
 const FIGURES_EVERY_MS = 1000;
 const HEAD_EVERY_MS = 15000;
 const RETRY_MS = 3000;
+const RETRY_AT_MOST_MS = 60000;
+const COMPARE_EVERY_MS = 5000;
 
 const main = /** @type {HTMLElement} */ (document.getElementById("main"));
 const narrow = matchMedia("(max-width: 640px)");
@@ -73,19 +75,25 @@ export function panelsPage() {
     history.replaceState(null, "", `${location.pathname}${query ? `?${query}` : ""}`);
     readView();
     const names = Object.keys(changes);
+    if (names.includes("from") || names.includes("snapshot")) refreshText();
     redraw(figures.filter((figure) => names.some((name) => figure.needs.has(name)) || (figure.name === "ranks" && "from" in changes)));
   }
 
+  /** @param {string} end */
+  const stepInput = (end) => /** @type {HTMLInputElement | null} */ (document.getElementById(`${end}-step`));
+
   function showRange() {
     const view = address();
-    const bar = document.getElementById("viewbar");
-    if (!bar) return;
     const [from, to, mark] = OVER_STEPS.map((name) => view.get(name));
-    bar.hidden = !(from && to) && !mark;
-    const range = document.getElementById("range");
-    const shown = (/** @type {string | null} */ step) => Number(step).toLocaleString("en");
-    if (range) range.textContent = from && to ? `${shown(from)} to ${shown(to)}` : "all";
-    if (range && mark) range.textContent += `, marked ${mark.split("-").map(shown).join(" to ")}`;
+    for (const [end, value] of [["from", from], ["to", to]]) {
+      const input = stepInput(String(end));
+      if (input && document.activeElement !== input) input.value = from && to ? String(value) : "";
+    }
+    const all = document.getElementById("all-steps");
+    if (all) all.hidden = !(from && to) && !mark;
+    const marked = document.getElementById("marked");
+    const shown = (/** @type {string} */ step) => Number(step).toLocaleString("en");
+    if (marked) marked.textContent = mark ? `marked ${mark.split("-").map(shown).join(" to ")}` : "";
     for (const link of document.querySelectorAll("a[data-keep]")) {
       const url = new URL(/** @type {HTMLAnchorElement} */ (link).href);
       for (const name of ["from", "to", "mark", "rank"]) {
@@ -99,8 +107,19 @@ export function panelsPage() {
 
   // --------------------------------------------------------------------------------------------------- drawing
 
-  /** @param {Figure[]} some */
-  const draw = (some) => Promise.all(some.map((figure) => figure.refresh())).then(() => {}, complain);
+  let pause = RETRY_MS;
+  let retry = 0;
+  /** What fails is tried again, after longer and longer pauses. @param {Figure[]} some */
+  async function draw(some) {
+    const results = await Promise.allSettled(some.map((figure) => figure.refresh()));
+    const failed = results.find((result) => result.status === "rejected");
+    if (failed?.status !== "rejected") { pause = RETRY_MS; return; }
+    complain(failed.reason);
+    if (isGone()) return;
+    clearTimeout(retry);
+    retry = setTimeout(() => redraw(figures.filter((figure) => figure.stale)), pause);
+    pause = Math.min(2 * pause, RETRY_AT_MOST_MS);
+  }
   /** @type {Set<Figure>} */
   const waiting = new Set();
   const drawWaiting = paced(() => {
@@ -119,7 +138,7 @@ export function panelsPage() {
       const figure = figures.find((own) => own.section === entry.target);
       if (!figure) continue;
       figure.inSight = entry.isIntersecting;
-      if (figure.inSight && figure.stale) figure.refresh().catch(complain);
+      if (figure.inSight && figure.stale) void draw([figure]);
     }
   }, { rootMargin: "100%" });
 
@@ -161,6 +180,12 @@ export function panelsPage() {
     if (control instanceof HTMLInputElement) control.addEventListener("input", tell);
   }
   document.getElementById("all-steps")?.addEventListener("click", () => change({ from: null, to: null, mark: null, finding: null }));
+  for (const end of ["from", "to"])
+    stepInput(end)?.addEventListener("change", () => {
+      const [from, to] = [stepInput("from")?.value, stepInput("to")?.value];
+      if (from && to && Number(from) < Number(to)) change({ from, to });
+      else if (!from && !to) change({ from: null, to: null });
+    });
   const otherLayer = document.getElementById("go-layer");
   otherLayer?.addEventListener("change", () => location.assign(/** @type {HTMLSelectElement} */ (otherLayer).value + location.search));
   document.addEventListener("click", (event) => {
@@ -180,47 +205,69 @@ export function panelsPage() {
     media.addEventListener("change", () => redraw(figures));
   document.addEventListener("themechange", () => redraw(figures));
 
+  /** Text that depends on the steps or the snapshot in view, and on what the service has by now. */
+  const refreshText = paced(async () => {
+    try {
+      if ((await refreshParts(location.search)) && !main.dataset.events) redraw(figures);
+    } catch (error) {
+      complain(error);
+    }
+  }, FIGURES_EVERY_MS);
+
   readView();
   for (const figure of figures) sight.observe(figure.section);
   if (main.dataset.events) follow();
+  else if (main.dataset.fragment) setInterval(refreshText, COMPARE_EVERY_MS); // several runs: no stream tells of them all
 
   // ------------------------------------------------------------------------------------------------------- live
 
   function follow() {
-    const refreshHead = paced(() => refreshParts().catch(complain), FIGURES_EVERY_MS);
     const refreshFigures = paced(() => draw(figures), FIGURES_EVERY_MS);
-    setInterval(refreshHead, HEAD_EVERY_MS); // a run that falls silent sends no event
+    setInterval(refreshText, HEAD_EVERY_MS); // a run that falls silent sends no event
 
     // What the page was rendered from: the first event of a stream only says it again.
     let seen = main.dataset.cursor;
+    /** @type {EventSource | null} */
+    let events = null;
+    let again = 0;
+
     function listen() {
       let greeted = false;
-      const events = new EventSource(main.dataset.events ?? "");
-      events.addEventListener("open", () => {
-        const back = lost();
-        say(null);
-        if (back) { refreshHead(); refreshFigures(); }
-      });
-      events.addEventListener("cursor", (event) => {
+      const own = new EventSource(main.dataset.events ?? "");
+      events = own;
+      own.addEventListener("open", () => say(null));
+      own.addEventListener("cursor", (event) => {
         const { last_step: step, status, rows } = JSON.parse(event.data);
         const cursor = `${step} ${status} ${rows}`;
         if (cursor === seen) return;
         seen = cursor;
-        refreshHead();
+        refreshText();
         refreshFigures();
       });
-      events.addEventListener("findings", () => {
-        if (greeted) refreshHead();
+      own.addEventListener("findings", () => {
+        if (greeted) refreshText();
         greeted = true;
       });
-      events.addEventListener("error", () => {
+      own.addEventListener("error", () => {
         complain(null);
-        if (isGone()) return events.close();
-        refreshHead(); // it knows more: the run may be gone
-        if (events.readyState === EventSource.CLOSED) setTimeout(listen, RETRY_MS); // it gave up: start afresh
+        if (isGone()) return own.close();
+        refreshText(); // it knows more: the run may be gone
+        if (own.readyState === EventSource.CLOSED) again = setTimeout(listen, RETRY_MS); // it gave up: start afresh
       });
-      addEventListener("pagehide", () => events.close(), { once: true });
     }
-    listen();
+
+    // A browser has six connections to a host: a tab that nobody looks at must not hold one.
+    function attend() {
+      clearTimeout(again);
+      events?.close();
+      events = null;
+      if (document.hidden || isGone()) return;
+      listen();
+      refreshText();
+    }
+    document.addEventListener("visibilitychange", attend);
+    addEventListener("pageshow", (event) => { if (event.persisted) attend(); });
+    addEventListener("pagehide", () => events?.close());
+    if (!document.hidden) listen();
   }
 }

@@ -13,33 +13,37 @@ export function remember(root) {
   for (const part of root.querySelectorAll("[data-part]")) sources.set(part, part.outerHTML);
 }
 
-/** Fetches the page's parts again and replaces those that changed. @param {string} [query] */
+/** Fetches the page's parts again and replaces those that changed. @param {string} [query] @returns {Promise<boolean>} whether any did */
 export async function refreshParts(query = "") {
   const address = main.dataset.fragment;
-  if (!address) return;
+  if (!address) return false;
+  let changed = false;
   const answer = await ask(address + query);
   const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
   for (const container of fresh.querySelectorAll("[data-live]")) {
     const ours = document.getElementById(container.id);
-    if (ours) syncParts(ours, container);
+    if (ours && syncParts(ours, container)) changed = true;
   }
   tellTimes();
   document.dispatchEvent(new Event("partschange"));
+  return changed;
 }
 
-/** @param {Element} ours @param {Element} fresh */
+/** @param {Element} ours @param {Element} fresh @returns {boolean} whether anything changed */
 function syncParts(ours, fresh) {
   /** @type {Map<string, Element>} */
   const old = new Map();
   for (const part of ours.querySelectorAll(":scope > [data-part]")) old.set(part.getAttribute("data-part") ?? "", part);
   /** @type {Element | null} */
   let previous = null;
+  let changed = false;
   for (const part of fresh.querySelectorAll(":scope > [data-part]")) {
     const key = part.getAttribute("data-part") ?? "";
     const known = old.get(key);
     old.delete(key);
     let here = known;
     if (!known || sources.get(known) !== part.outerHTML) {
+      changed = true;
       here = document.importNode(part, true);
       sources.set(here, part.outerHTML);
       if (known instanceof HTMLDetailsElement && here instanceof HTMLDetailsElement) here.open = known.open;
@@ -52,6 +56,7 @@ function syncParts(ours, fresh) {
     previous = here;
   }
   for (const gone of old.values()) gone.remove();
+  return changed || old.size > 0;
 }
 
 /** Puts a part in the place of an older one; who had the focus in it keeps it. @param {Element} old @param {Element} fresh */

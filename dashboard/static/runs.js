@@ -75,8 +75,7 @@ export function runsPage() {
 
   /** @param {HTMLInputElement} box @returns {import("./dialogs.js").Chosen} */
   function of(box) {
-    const { name = "", tags = "", notes = "" } = /** @type {HTMLElement} */ (box.closest("tr")).dataset;
-    return { id: box.value, name, tags, notes };
+    return { id: box.value, name: /** @type {HTMLElement} */ (box.closest("tr")).dataset.name ?? "" };
   }
 
   document.addEventListener("change", (event) => {

@@ -21,8 +21,14 @@ export async function ask(address, init) {
     const problem = await answer.json().catch(() => ({}));
     throw new Refusal(answer.status, problem.detail ?? `the service answered ${answer.status}`);
   }
+  if (!gone) say(null); // it answers again
   return answer;
 }
+
+/** @typedef {{id: string, name: string, tags: string[], notes: string}} RunRecord */
+
+/** @param {string} run @returns {Promise<RunRecord>} */
+export const recordOf = async (run) => (await ask(`/v1/runs/${encodeURIComponent(run)}`)).json();
 
 /** @param {string} run @param {object} changes */
 export const changeRun = (run, changes) =>
@@ -34,9 +40,6 @@ export const changeRun = (run, changes) =>
 
 /** @param {string} run */
 export const deleteRun = (run) => ask(`/v1/runs/${encodeURIComponent(run)}`, { method: "DELETE" });
-
-/** Whether the service was lost and nothing was heard of it since. */
-export const lost = () => !banner.hidden;
 
 /** Whether the run was deleted: there is nothing to wait for. */
 let gone = false;

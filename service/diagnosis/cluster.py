@@ -183,12 +183,7 @@ def _evidence(window: Window, ratio: Ratio, threshold: float, e_value: float | N
         z=ratio.z if math.isfinite(ratio.z) else None,
         e_value=e_value,
         steps_used=ratio.steps,
-        query=query(
-            window.run,
-            "series",
-            stat=("mean_diff1", "mean_noise"),
-            layer=window.layers[0].index if window.layers else None,
-        ),
+        query=query(window.run, "probe", points=200),
     )
 
 

@@ -153,13 +153,7 @@ def skew(window: Window, stream: Stream, kept_of_one: bool) -> tuple[Outcome, fl
             threshold=SKEW_WARNING,
             z=effect.z,
             steps_used=effect.steps,
-            query=query(
-                window.run,
-                "series",
-                stat="sigma_b" if scale else "mu_b",
-                layer=window.layers[0].index if window.layers else None,
-                rank=effect.extreme,
-            ),
+            query=query(window.run, "probe", points=200),
         ),
         remedy=Remedy(
             text=(
@@ -225,9 +219,7 @@ def duplicates(window: Window, stream: Stream) -> Outcome:
             value=max(lowest, 0.0),
             threshold=COPY_RATIO,
             steps_used=LOOK_ROWS,
-            query=query(
-                window.run, "series", stat="mu_b", layer=window.layers[0].index if window.layers else None, rank=same[0]
-            ),
+            query=query(window.run, "probe", points=200),
         ),
         remedy=Remedy(
             text="Give every rank its own part of the data: a DistributedSampler, or a seed that depends on the rank.",

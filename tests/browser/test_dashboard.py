@@ -161,12 +161,24 @@ def test_new_rows_move_the_page_and_the_zoom_stays(
     page = open_window(f"/runs/{run_id}").page
     drawn(page)
     expect(page.locator(".steps")).to_contain_text("30")
-    page.evaluate("Plotly.relayout(document.querySelector('#schedule .plot'), {'xaxis.range': [5, 15]})")
+    page.locator("#heatmap").scroll_into_view_if_needed()
+    whole = plot(page, "heatmap", "[...gd._fullLayout.yaxis.range]")
+    box = page.locator("#heatmap .nsewdrag").first.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + 0.1 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.5 * box["height"], steps=5)
+    page.mouse.up()
+    eventually(lambda: "from=" in page.url, "the zoom in the address")
+    assert plot(page, "heatmap", "[...gd._fullLayout.yaxis.range]") == whole  # no layer is cropped away
+
+    page.locator("#from-step").fill("5")  # and by keyboard
+    page.locator("#to-step").fill("15")
+    page.keyboard.press("Enter")
     for figure in ("schedule", "heatmap"):  # one zoom is every figure's, and the address's
         page.locator(f"#{figure}").scroll_into_view_if_needed()
         eventually(lambda name=figure: plot(page, name, "[...gd.layout.xaxis.range]") == [5, 15], f"zoomed {figure}")
     assert page.url.endswith("?from=5&to=15")
-    expect(page.locator("#range")).to_have_text("5 to 15")
     with wheel_of_time(page):
         write_more(client, run_id, 31, 47, seq=2)
         expect(page.locator(".steps")).to_contain_text("47", timeout=PATIENCE_MS)
@@ -297,6 +309,106 @@ def test_a_lost_service_is_said_and_what_was_shown_stays(
     assert window.wrong, "the browser itself reports the requests that failed"
     assert all("ERR_INTERNET_DISCONNECTED" in line for line in window.wrong), window.wrong
     window.wrong.clear()
+
+
+def test_a_service_down_is_said_on_a_run_page_and_forgotten_when_it_is_back(
+    client: httpx.Client, run_id: str, open_window: Callable[..., Window]
+) -> None:
+    made.write_run(client, run_id, layers=3, steps=10, **LIMITS)
+    window = open_window(f"/runs/{run_id}")
+    page = window.page
+    drawn(page)
+    client.patch(f"/v1/runs/{run_id}", json={"status": "finished"}).raise_for_status()
+    expect(page.locator(".facts .state")).to_have_text("finished")
+    page.route("**/figures/**", lambda route: route.abort())
+    page.locator("#schedule").scroll_into_view_if_needed()
+    page.locator("#layer").select_option("1")
+    expect(page.locator("#banner")).to_contain_text("Connection lost, retrying")
+    page.unroute("**/figures/**")
+    expect(page.locator("#schedule .caption")).to_contain_text("(block1.bn)")  # it is asked for again by itself
+    expect(page.locator("#banner")).to_be_hidden()
+    assert window.wrong
+    assert all("/figures/" in line or "ERR_FAILED" in line for line in window.wrong), window.wrong
+    window.wrong.clear()
+
+
+def test_tabs_that_nobody_looks_at_leave_the_connections_to_others(
+    client: httpx.Client, run_id: str, open_window: Callable[..., Window]
+) -> None:
+    made.write_run(client, run_id, layers=3, steps=10, **LIMITS)
+    hide = """(hidden) => { Object.defineProperty(document, "hidden", {value: hidden, configurable: true});
+        document.dispatchEvent(new Event("visibilitychange")); }"""
+    tabs = []
+    for _ in range(6):  # as many connections as a browser has to one host
+        page = open_window(f"/runs/{run_id}/advisor").page
+        expect(page.locator(".steps")).to_contain_text("10")
+        page.evaluate(hide, True)
+        tabs.append(page)
+    seventh = open_window(f"/runs/{run_id}").page
+    expect(seventh.locator("#schedule")).to_have_attribute("data-state", "ready")
+    write_more(client, run_id, 11, 20, seq=2)
+    expect(seventh.locator(".steps")).to_contain_text("20")
+    expect(tabs[0].locator(".steps")).to_contain_text("10")
+    tabs[0].evaluate(hide, False)  # who comes back sees what is
+    expect(tabs[0].locator(".steps")).to_contain_text("20")
+
+
+def test_ranks_layers_and_comparisons_keep_themselves_current(
+    client: httpx.Client, run_id: str, open_window: Callable[..., Window]
+) -> None:
+    made.write_run(client, run_id, layers=3, steps=10, ranks=2, **LIMITS)
+    made.write_run(client, f"{run_id}-2", layers=3, steps=10, **LIMITS)
+    ranks = open_window(f"/runs/{run_id}/ranks").page
+    layer = open_window(f"/runs/{run_id}/layers/1").page
+    compared = open_window(f"/compare?runs={run_id},{run_id}-2").page
+    drawn(ranks)
+    drawn(layer)
+    drawn(compared)
+    newest = "gd._fullData.find((t) => t.yaxis === 'y').x.at(-1)"
+    write_more(client, run_id, 11, 20, seq=2)
+    for page in (ranks, layer):
+        expect(page.locator(".steps")).to_contain_text("20")
+    expect(ranks.locator("#ranks-live tbody tr").first).to_contain_text("20")
+    expect(compared.locator(f"tr[data-part='{run_id}']")).to_contain_text("20")
+    compared.locator("#compare").scroll_into_view_if_needed()
+    eventually(lambda: plot(compared, "compare", newest) == 20, "the newest step in the comparison")
+
+
+def test_an_edit_leaves_alone_what_somebody_else_changed_meanwhile(
+    client: httpx.Client, run_id: str, open_window: Callable[..., Window]
+) -> None:
+    made.write_run(client, run_id, layers=3, steps=10, **LIMITS)
+    page = open_window(f"/runs/{run_id}#evidence").page
+    client.patch(f"/v1/runs/{run_id}", json={"notes": "a colleague's"}).raise_for_status()
+    page.locator("[data-dialog=edit]").click()
+    expect(page.locator("#edit-dialog textarea")).to_have_value("a colleague's")
+    client.patch(f"/v1/runs/{run_id}", json={"notes": "a later thought"}).raise_for_status()
+    page.locator("#edit-dialog input[name=name]").fill("another name")
+    page.locator("#edit-dialog [type=submit]").click()
+    expect(page.locator("h1")).to_have_text("another name")
+    assert client.get(f"/v1/runs/{run_id}").json()["notes"] == "a later thought"
+
+
+def test_a_deletion_that_fails_half_way_goes_on_with_the_rest(
+    client: httpx.Client, run_id: str, open_window: Callable[..., Window]
+) -> None:
+    for name in "abc":
+        made.create(client, made.run_record(f"{run_id}-{name}", name=f"{run_id} {name}")).raise_for_status()
+    window = open_window(f"/?search={run_id}")
+    page = window.page
+    for name in "abc":
+        page.locator(f"input[value='{run_id}-{name}']").check()
+    client.delete(f"/v1/runs/{run_id}-a").raise_for_status()  # somebody else was faster
+    page.route(f"**/v1/runs/{run_id}-c", lambda route: route.abort())
+    page.locator("#selection [data-dialog=delete]").click()
+    page.locator("#delete-dialog [type=submit]").click()
+    expect(page.locator("#delete-dialog .wrong")).not_to_be_empty()
+    page.unroute(f"**/v1/runs/{run_id}-c")
+    page.locator("#delete-dialog [type=submit]").click()
+    expect(page.locator("#delete-dialog")).to_be_hidden()
+    expect(page.locator("#runs-body tr")).to_have_count(0)
+    assert [client.get(f"/v1/runs/{run_id}-{name}").status_code for name in "abc"] == [404, 404, 404]
+    window.wrong.clear()  # the browser reports the requests that were refused
 
 
 def test_a_narrow_screen_never_scrolls_sideways(

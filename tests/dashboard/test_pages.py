@@ -134,6 +134,13 @@ class TestFigures:
             assert figure["data"]
             assert title is None or figure["layout"]["yaxis"].get("title", {}).get("text", "") == title
 
+    def test_a_drag_over_a_figure_chooses_steps_and_crops_nothing(self, client: httpx.Client, run_id: str) -> None:
+        made.write_run(client, run_id)
+        for name in ("schedule", "heatmap", "scalars", "causes", "moments", "batch"):
+            layout = client.get(f"/runs/{run_id}/figures/{name}").raise_for_status().json()["layout"]
+            axes = [axis for key, axis in layout.items() if key.startswith("yaxis")]
+            assert all(axis["fixedrange"] for axis in axes), name
+
     def test_theme_changes_the_colours(self, client: httpx.Client, run_id: str) -> None:
         made.write_run(client, run_id)
         light, dark = (client.get(f"/runs/{run_id}/figures/scalars?theme={t}").text for t in ("light", "dark"))

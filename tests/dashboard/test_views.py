@@ -14,9 +14,11 @@ import synthetic as made
 
 from brn_core import wire
 from dashboard import templating, views
+from dashboard.figures.probe import inputs_of_ranks
+from dashboard.figures.rank_spread import shown_ranks
 from dashboard.pages import rank_rows
 from service.diagnosis.finding import Diagnosis, Finding, Verdict
-from service.schemas import Comparison, RankHealth, Ranks, Run
+from service.schemas import Comparison, Probe, RankHealth, Ranks, Run
 
 
 def finding(
@@ -102,9 +104,8 @@ class TestRunList:
     def test_no_run_fits_is_said(self, client: httpx.Client) -> None:
         assert "No run fits" in client.get("/?search=nothing-is-called-this").text
 
-    def test_notes_are_for_the_dialog_and_text(self, client: httpx.Client, three: list[str], run_id: str) -> None:
-        page = client.get(f"/?search={run_id}").text
-        assert 'data-notes="a &lt;b&gt;note&lt;/b&gt;"' in page
+    def test_notes_are_text(self, client: httpx.Client, three: list[str]) -> None:
+        assert "a &lt;b&gt;note&lt;/b&gt;" in client.get(f"/runs/{three[2]}").text
         assert "<b>note" not in client.get(f"/runs/{three[2]}").text
 
     def test_a_cursor_of_another_order_is_refused(self, client: httpx.Client) -> None:
@@ -161,6 +162,78 @@ def test_ranks_that_are_missing_behind_slow_or_apart_are_called_so() -> None:
     )
     words = [[word for word, _ in row["words"]] for row in rank_rows(found)]
     assert words == [["apart"], ["slow"], ["behind"], ["missing"]]
+
+
+def test_of_two_ranks_one_is_slow() -> None:
+    def rank(number: int, took: float) -> RankHealth:
+        return RankHealth(
+            rank=number, last_step=500, behind_steps=0, received_at="2026-01-01T00:00Z", step_time_seconds=took
+        )
+
+    found = Ranks(
+        run="r", from_step=0, to_step=500, world_size=2, layers=[], mu_spread=[], sigma_spread=[], farthest_rank=[],
+        farthest_distance=[], outlier=None, ranks=[rank(0, 0.1), rank(1, 0.5)],
+    )  # fmt: skip
+    assert [[word for word, _ in row["words"]] for row in rank_rows(found)] == [["fine"], ["slow"]]
+
+
+def test_a_verdict_still_to_come_has_no_check_mark() -> None:
+    tone = templating.templates.get_template("parts.html").module.tone
+    assert tone(Verdict(code="WARMUP", severity="ok", summary="-")) == "info"
+    assert tone(Verdict(code="HEALTHY", severity="ok", summary="-")) == "ok"
+
+
+class TestWhatStaysCurrent:
+    def test_every_page_has_a_fragment_of_its_live_parts(self, client: httpx.Client, run_id: str) -> None:
+        made.write_run(client, run_id, layers=2, steps=5, ranks=2)
+        made.write_run(client, f"{run_id}-2", layers=2, steps=5)
+        for address in ("", "/layers/1", "/ranks"):
+            page = client.get(f"/runs/{run_id}{address}").raise_for_status().text
+            own = re.search(r'data-fragment="([^"]+)"', page)
+            assert own is not None
+            fragment = client.get(own[1]).raise_for_status().text
+            live = re.findall(r'id="([a-z-]+)"[^>]* data-live', page)
+            assert len(live) >= 2
+            assert set(live) == set(re.findall(r'id="([a-z-]+)"[^>]* data-live', fragment))
+            assert "<html" not in fragment
+        fragment = client.get(f"/compare/fragment?runs={run_id},{run_id}-2").raise_for_status().text
+        assert re.findall(r'<tr data-part="([^"]+)"', fragment)[-2:] == [run_id, f"{run_id}-2"]
+
+    def test_with_two_ranks_nothing_is_said_of_the_others(self, client: httpx.Client, run_id: str) -> None:
+        made.write_run(client, run_id, layers=2, steps=5, ranks=2)
+        assert "three times the others" not in client.get(f"/runs/{run_id}/ranks").text
+
+
+class TestEvidenceOfTheProbe:
+    def test_clustered_batches_are_shown_by_the_probes_ratio(self, client: httpx.Client, run_id: str) -> None:
+        made.create(client, made.run_record(run_id)).raise_for_status()
+        made.send(client, run_id, made.clustered_tables()).raise_for_status()
+        figure = client.get(f"/runs/{run_id}/figures/evidence?finding=NH-CLUSTER").raise_for_status().json()
+        assert [trace["name"] for trace in figure["data"]] == ["F of the input probe"]
+        assert figure["layout"]["shapes"][0]["y0"] == 1
+
+    def test_ranks_are_lines_of_the_feature_in_which_they_differ_most(self) -> None:
+        probes = []
+        for rank in range(2):
+            mean = [[0.1, 0.1], [float(rank), float(rank)], [0.2, 0.2]]
+            probes.append(
+                Probe(
+                    run="r", rank=rank, bucket_steps=1, steps=[1, 2], samples=[8, 8], mean=mean, var=mean,
+                    adjacency=mean, windows=[],
+                )
+            )  # fmt: skip
+        figure = inputs_of_ranks(probes)
+        assert [(trace.name, list(trace.y)) for trace in figure.data] == [("rank 0", [0, 0]), ("rank 1", [1, 1])]
+        assert "feature 1" in figure.layout.annotations[0].text
+
+    @pytest.mark.parametrize(
+        ("world", "always", "shown"),
+        [(3, (), [0, 1, 2]), (32, (20,), [0, 1, 2, 3, 4, 5, 6, 20]), (32, (1,), [0, 1, 2, 3, 4, 5, 6, 7])],
+    )
+    def test_of_many_ranks_the_one_apart_is_among_those_drawn(
+        self, world: int, always: tuple[int, ...], shown: list[int]
+    ) -> None:
+        assert shown_ranks(world, always) == shown
 
 
 class TestComparison:

@@ -132,7 +132,7 @@ def test_a_finding_carries_its_numbers(streams: Streams, make_window: MakeWindow
     assert 1.2 < evidence.low < evidence.value < evidence.high
     assert evidence.z > 4
     assert evidence.e_value >= 1e4
-    assert evidence.query == "/v1/runs/run-1/series?stat=mean_diff1&stat=mean_noise&layer=0"
+    assert evidence.query == "/v1/runs/run-1/probe?points=200"
     assert f"{effective_samples(32, evidence.value):.1f}" in finding.summary
     assert finding.severity == "critical"
     assert finding.remedy is not None
