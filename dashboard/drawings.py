@@ -28,6 +28,7 @@ from dashboard.figures.scalars import scalar_panels
 from dashboard.views import DEFAULT_STATISTIC, evidence_of, finding_named
 from service import answers, windows
 from service.answers.comparison import Axis
+from service.answers.curves import scalar_names
 from service.answers.records import known
 from service.errors import Invalid
 from service.memo import Memo
@@ -110,7 +111,9 @@ def causes(store: Store, run_id: str, look: Look) -> go.Figure:
         return without_data("This run has no normalization layers.", look.palette, height=160)
     layer = look.layer or 0
     answer = answers.series(store, run_id, cause_views.STATISTICS, layer=layer, **look.span)
-    shadow = answers.scalars(store, run_id, **look.span) if run.rows else None
+    there = scalar_names(store, run_id)
+    names = [name for name, _ in cause_views.SHADOW if name in there]
+    shadow = answers.scalars(store, run_id, names, **look.span) if names else None
     skew = [f.steps[0] for f in windows.diagnosis(store, run_id).findings if f.code == "NH-RANKSKEW"]
     figure = cause_views.causes(
         answer,
@@ -130,7 +133,8 @@ def finding_evidence(store: Store, run_id: str, look: Look, key: str) -> go.Figu
     if asked is None:
         return without_data("This finding is no longer made.", look.palette, height=140)
     if asked.route == "scalars":
-        names = [name for name in asked.names if name in answers.scalars(store, run_id, points=1).names]
+        there = scalar_names(store, run_id)
+        names = [name for name in asked.names if name in there]
         shown = answers.scalars(store, run_id, names, rank=asked.rank, **look.span)
         figure = scalar_panels(shown, columns=look.columns, palette=look.palette)
     elif asked.route == "probe" and found is not None and found.ranks:

@@ -40,7 +40,7 @@ async def login(request: Request, to: str = "/") -> Response:
     if right_of_token(settings, token) is None:
         return render(request, "login.html", {"to": local_path(to), "wrong": True}, status=401)
     response = RedirectResponse(local_path(to), status_code=303)
-    response.set_cookie(COOKIE, cookie_value(token), max_age=30 * 86_400, httponly=True, samesite="strict", path="/")
+    response.set_cookie(COOKIE, cookie_value(token), max_age=30 * 86_400, httponly=True, samesite="lax", path="/")
     return response
 
 

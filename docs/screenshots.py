@@ -1,4 +1,5 @@
-"""Takes the screenshots of docs/screenshots from a running `brn-serve`: every page, light and dark.
+"""Takes the screenshots of docs/screenshots from a running `brn-serve`: every page, light and dark; the page of a
+run in a narrow window too, and with the evidence of its first finding.
 
     brn-serve &                 # or `make demo`
     python docs/screenshots.py http://127.0.0.1:8321 RUN [RUN ...]
@@ -31,7 +32,6 @@ def main() -> int:
     parser.add_argument(
         "runs", nargs="*", metavar="RUN", help="ids of runs: the first one's pages are taken, all are compared"
     )
-    parser.add_argument("--narrow", action="store_true", help="narrow windows too")
     parser.add_argument("--only", metavar="TEXT", default="", help="only pictures with this in their name")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the PNG files go (default: %(default)s)")
     arguments = parser.parse_args()
@@ -40,14 +40,13 @@ def main() -> int:
         print("no chromium on the PATH: install it (Debian: apt-get install chromium)", file=sys.stderr)
         return 1
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    sizes = list(SIZES) if arguments.narrow else ["wide"]
     pages = pages_of(arguments.runs)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         try:
             for name, path in pages.items():
                 for theme in THEMES:
-                    for size in sizes:
+                    for size in SIZES if name == "run" else ["wide"]:
                         parts = [name, *["dark"] * (theme == "dark"), *["narrow"] * (size == "narrow")]
                         file = arguments.folder / f"{'-'.join(parts)}.png"
                         if arguments.only not in file.name:
@@ -66,7 +65,7 @@ def pages_of(runs: Sequence[str]) -> dict[str, str]:
     """Path of each page by the name of its picture."""
     found = {"runs": "/"}
     if runs:
-        found |= {view: f"/runs/{runs[0]}{path}" for view, path in VIEWS.items()}
+        found |= {view: f"/runs/{runs[0]}{path}" for view, path in VIEWS.items()} | {"evidence": f"/runs/{runs[0]}"}
     if len(runs) > 1:
         found["compare"] = f"/compare?runs={','.join(runs)}"
     return found
@@ -82,6 +81,8 @@ def take(browser: Browser, address: str, theme: str, size: str, file: Path) -> N
     answer = page.goto(address)
     if answer is None or not answer.ok:
         raise Error(f"{address} answered {answer.status if answer else 'nothing'}")
+    if file.name.startswith("evidence"):
+        page.locator("a.show").first.click()
     for panel in page.locator(".panel[data-figure]:not([hidden])").all():
         panel.scroll_into_view_if_needed()  # figures are drawn when they come into sight
         panel.and_(page.locator("[data-state=ready]")).wait_for(timeout=60_000)

@@ -176,7 +176,11 @@ def _decades(gap: Floats, left: Floats) -> Part:
     both = both[np.isfinite(both) & (both > 1e-4)]
     low, high = (np.percentile(both, 1), np.percentile(both, 99)) if len(both) else (1e-3, 1.0)
     bottom, top = float(np.floor(np.log10(low))), float(np.ceil(np.log10(high)))
-    return {"range": [bottom, max(top, bottom + 1)], "tickvals": [10.0**k for k in range(int(bottom), int(top) + 1)]}
+    decades = [10.0**k for k in range(int(bottom), int(max(top, bottom + 1)) + 1)]
+    return {
+        "range": [bottom - 0.15, max(top, bottom + 1) + 0.05],
+        "tickvals": decades,
+    }  # no label beside the x axis's 0
 
 
 def _caption(series: Series, shares: dict[str, Floats], gap: Floats, left: Floats, layer: str) -> str:

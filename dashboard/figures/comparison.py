@@ -82,7 +82,8 @@ def comparison(panels: Sequence[Panel], *, by_fraction: bool, palette: Palette =
                 traces += [axes | part for part in _group(group, own, style(i, palette), by_fraction)]
             keys = "  ".join(key(plain(g, 24), style(i, palette)["color"]) for i, g in enumerate(groups[:6]))
         else:
-            keys = ""
+            few = panel.curves if row == 1 and len(panel.curves) <= 6 else ()  # the table beside has the colours too
+            keys = "  ".join(key(plain(c.name, 24), style(i, palette)["color"]) for i, c in enumerate(few))
             traces += [
                 axes | _line(curve, style(i, palette), by_fraction, thin=len(panel.curves) > 8)
                 for i, curve in enumerate(panel.curves)

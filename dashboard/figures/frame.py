@@ -161,7 +161,12 @@ def _template(palette: Palette) -> go.layout.Template:
             "plot_bgcolor": "rgba(0,0,0,0)",
             "margin": {"l": 64, "r": 20, "t": 36, "b": 44},
             "xaxis": {**axis, "tickformat": ",d", "hoverformat": ",d", "nticks": 8},
-            "yaxis": axis,
+            "yaxis": {
+                **axis,
+                "ticks": "outside",
+                "ticklen": 5,
+                "tickcolor": "rgba(0,0,0,0)",
+            },  # no 0 beside the x axis's 0
             "hoverlabel": {"bgcolor": palette.surface, "bordercolor": palette.muted, "font": font},
             "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": palette.muted, "activecolor": palette.text},
         }

@@ -6,9 +6,9 @@ import { ask, Refusal } from "./service.js";
 
 /** @typedef {import("./export.js").Trace} Trace */
 /** @typedef {{data: object[], layout: {height?: number, dragmode?: unknown, meta?: {caption?: string}, [key: string]: unknown}}} FigureJson */
-/** @typedef {HTMLElement & {on: (event: string, then: (event: any) => void) => void, _dragging?: boolean, _fullData?: Trace[]}} PlotElement */
+/** @typedef {HTMLElement & {on: (event: string, then: (event: any) => void) => void, data?: object[], layout?: object, _dragging?: boolean, _fullData?: Trace[]}} PlotElement */
 /** @typedef {{react: (el: HTMLElement, data: object[], layout: object, config: object) => Promise<unknown>,
- *   downloadImage: (el: HTMLElement, options: object) => Promise<unknown>, Plots: {resize: (el: HTMLElement) => void}}} PlotlyApi */
+ *   downloadImage: (figure: {data?: object[], layout?: object}, options: object) => Promise<unknown>, Plots: {resize: (el: HTMLElement) => void}}} PlotlyApi */
 
 const main = /** @type {HTMLElement} */ (document.getElementById("main"));
 const touch = matchMedia("(pointer: coarse)");
@@ -126,6 +126,8 @@ export class Figure {
     if (this.section.dataset.state !== "ready") return;
     const filename = `${main.dataset.run}-${this.name}`;
     if (what === "csv") return download(csvOf(this.plot._fullData ?? []), `${filename}.csv`);
-    await (await plotly()).downloadImage(this.plot, { format: what, filename, scale: what === "png" ? 2 : 1 });
+    const { data, layout, clientWidth: width, clientHeight: height } = this.plot;
+    const opaque = { ...layout, paper_bgcolor: getComputedStyle(this.section).backgroundColor }; // it leaves this page's ground
+    await (await plotly()).downloadImage({ data, layout: opaque }, { format: what, filename, width, height, scale: what === "png" ? 2 : 1 });
   }
 }

@@ -1,6 +1,5 @@
 // @ts-check
-// What every page does, and which page this is. Types are checked with
-//   tsc --noEmit --allowJs --checkJs --strict --target es2022 --module es2022 --lib es2023,dom,dom.iterable dashboard/static/*.js
+// What every page does, and which page this is. Types are checked by tests/dashboard/test_scripts.py.
 
 import { advisorPage } from "./advisor.js";
 import { offerDialogs } from "./dialogs.js";

@@ -17,7 +17,11 @@
     });
     for (const button of section.querySelectorAll("[data-take]")) {
       const format = /** @type {HTMLElement} */ (button).dataset.take;
-      button.addEventListener("click", () => void api.downloadImage(plot, { format, filename: section.id, scale: format === "png" ? 2 : 1 }));
+      button.addEventListener("click", () => {
+        const layout = { ...figure.layout, paper_bgcolor: getComputedStyle(section).backgroundColor };
+        const { clientWidth: width, clientHeight: height } = plot;
+        void api.downloadImage({ data: figure.data, layout }, { format, filename: section.id, width, height, scale: format === "png" ? 2 : 1 });
+      });
     }
   }
   for (const button of document.querySelectorAll(".copy")) {

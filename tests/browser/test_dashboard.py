@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +22,7 @@ from fastapi import FastAPI
 from playwright.sync_api import BrowserContext, Page, Request, expect, sync_playwright
 from pydantic import SecretStr
 
+from benchmarks.pages import serving as serving_rows
 from brn_core import wire
 
 PATIENCE_MS = 60_000
@@ -245,6 +250,11 @@ def test_names_from_users_stay_text(client: httpx.Client, run_id: str, open_wind
     page.goto(f"/runs/{run_id}/layers/1")
     drawn(page)
     expect(page.locator(".title h2")).to_have_text(f"{bad}1")
+    for path, shown in (("ranks", "#rank-curves .caption"), ("advisor", "#advisor .caption")):
+        page.goto(f"/runs/{run_id}/{path}?layer=1")
+        drawn(page)
+        assert page.locator(shown).count() == 1
+        assert page.locator("main img, main a[href^='javascript'], main script").count() == 0
     made.create(client, made.run_record(f"{run_id}-2", name=bad)).raise_for_status()
     page.goto(f"/compare?runs={run_id},{run_id}-2")
     drawn(page)
@@ -540,6 +550,51 @@ def test_a_plot_is_taken_as_csv_with_the_numbers_it_shows(
     lines = Path(download.value.path()).read_text().splitlines()
     assert lines[:2] == ["curve,x,y,value", "gap,1,block0.bn,0.5"]
     assert len(lines) == 1 + 2 * 3
+    with page.expect_download() as download:
+        page.locator("#schedule [data-take=csv]").click()
+    with Path(download.value.path()).open(newline="") as table:
+        curves = {row["curve"] for row in csv.DictReader(table)}
+    assert {"r, 5–95 % of channels (upper)", "r, 5–95 % of channels (lower)", "limits in force"} <= curves
+    with page.expect_download() as download:
+        page.locator("#schedule [data-take=svg]").click()
+    first = re.search(r"<rect[^>]*>", Path(download.value.path()).read_text())
+    assert first is not None
+    assert "fill: rgb(255, 255, 255); fill-opacity: 1" in first[0]  # opaque: readable wherever it is put
+
+
+def test_a_million_rows_and_a_thousand_runs_are_drawn_at_once(
+    open_window: Callable[..., Window], tmp_path: Path
+) -> None:
+    with serving_rows(str(tmp_path), 1_000_000) as url:
+        page = open_window(f"{url}/").page
+        expect(page.locator("#runs-body tr")).to_have_count(50)
+        expect(page.locator(".pages")).to_contain_text("1,000 runs")
+        took = []
+        for _ in range(3):  # benchmarks/pages.py measures; the best of three fails only where something is badly slow
+            page.goto(f"{url}/runs/bench")
+            expect(page.locator("#schedule")).to_have_attribute("data-state", "ready")
+            took.append(page.evaluate("performance.getEntriesByName('first-plot')[0].startTime"))
+        page.goto("about:blank")
+    assert min(took) < 3000, took
+
+
+def test_the_page_follows_a_real_training(
+    client: httpx.Client, run_id: str, open_window: Callable[..., Window], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "brn_core.worker", "--url", str(client.base_url), "--run-name", run_id]
+    page = open_window(f"/?search={run_id}").page
+    with subprocess.Popen([*command, "--steps", "60"], cwd=tmp_path, stdout=subprocess.DEVNULL) as training:
+        page.locator("#runs-body th a").first.click()
+        expect(page.locator("#schedule")).to_have_attribute("data-state", "ready")
+        page.evaluate("document.querySelector('#schedule').dataset.witness = 'same'")
+        assert training.wait(120) == 0
+    expect(page.locator(".steps")).to_contain_text("60")
+    expect(page.locator(".facts .state")).to_have_text("finished")
+    expect(page.locator("#live")).to_be_hidden()
+    newest = "gd._fullData.find((t) => t.name.startsWith('r:')).x.at(-1)"
+    page.locator("#schedule").scroll_into_view_if_needed()
+    eventually(lambda: plot(page, "schedule", newest) >= 59, "the last step in the schedule view")
+    assert page.evaluate("document.querySelector('#schedule').dataset.witness") == "same"
 
 
 @pytest.mark.skipif(AXE is None, reason="axe-core is not there (npm install axe-core)")

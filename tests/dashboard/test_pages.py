@@ -217,7 +217,7 @@ class TestLogin:
         cookie = answer.headers["set-cookie"]
         assert cookie.startswith(f"{COOKIE}=")
         assert "HttpOnly" in cookie
-        assert "SameSite=strict" in cookie
+        assert "SameSite=lax" in cookie
         assert TOKEN not in cookie
         assert locked.get("/", headers=BROWSER).status_code == 200
         assert locked.get("/v1/runs").status_code == 200
