@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO_ARGS := $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-containers lint format bench release-check clean
+.PHONY: help demo test nightly test-containers lint format bench release-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ demo: .venv/.installed  ## train twice, watch it live in the browser (ONCE=1 end
 
 test: lint  ## lint, types, import contracts and tests; CPU only, no Docker
 	@$(BIN)/python -m pytest -m "not containers" --numprocesses 2 --dist loadfile $(ARGS)
+
+nightly: .venv/.installed  ## kill the service a hundred times while ranks send, and count rows (some minutes)
+	@BRN_TEST_KILLS=100 $(BIN)/python -m pytest tests/service/test_durability.py $(ARGS)
 
 test-containers: .venv/.installed  ## build the images, bring the compose file up, see rows arrive
 	@$(BIN)/python -m pytest -m containers --timeout 1200 $(ARGS)

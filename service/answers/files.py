@@ -84,20 +84,22 @@ def _schema(table: str, text: bool) -> pa.Schema:
 
 
 def _chunks(store: Store, run_id: str, table: str, first: int, last: int) -> list[tuple[int, int]]:
-    """Ranges of steps, both ends included, with about `CHUNK_ROWS` rows each."""
+    """Ranges of steps, both ends included, in order: `CHUNK_ROWS` rows each, and what is left of the last step."""
     weight = "length(mu_b)" if table == "channels" else "1"
-    size = store.rows(
-        f"""SELECT sum({weight}) AS n, min(step) AS first, max(step) AS last FROM {table}
-        WHERE run_id = {{run:String}} AND step >= {{first:UInt64}} AND step <= {{last:UInt64}}""",
+    ranges = store.rows(
+        f"""SELECT min(step) AS first, max(step) AS last FROM (
+            SELECT step, intDiv(sum(rows) OVER (ORDER BY step) - rows, {{most:UInt64}}) AS chunk FROM (
+                SELECT step, sum({weight}) AS rows FROM {table}
+                WHERE run_id = {{run:String}} AND step >= {{first:UInt64}} AND step <= {{last:UInt64}}
+                GROUP BY step
+            )
+        ) GROUP BY chunk ORDER BY chunk""",
         run=run_id,
         first=first,
         last=last,
-    ).to_pylist()[0]
-    if not size["n"]:
-        return []
-    begin, end = size["first"], size["last"]
-    width = max(1, (end - begin + 1) * CHUNK_ROWS // size["n"])
-    return [(at, min(at + width - 1, end)) for at in range(begin, end + 1, width)]
+        most=CHUNK_ROWS,
+    )
+    return [(row["first"], row["last"]) for row in ranges.to_pylist()]
 
 
 def _written(

@@ -533,6 +533,28 @@ def test_every_row_and_digit_is_exported(
         assert text.column("r").to_pylist() == ["[1,nan]"] * 2
 
 
+def test_an_export_is_read_in_parts_of_like_size_however_far_apart_the_steps_are(
+    client: httpx.Client, store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.answers.files.CHUNK_ROWS", 10)
+    create(client, run_record(run_id, layers=3))
+    steps = [*range(100), 2**50]  # one step far from the others
+    send(client, run_id, {"layers": layer_rows(steps, 3)}).raise_for_status()
+    parts: list[list[int]] = []
+    ask = store.rows
+
+    def seen(sql: str, **parameters: Any) -> pa.Table:
+        answer = ask(sql, **parameters)
+        if sql.split()[:2] == ["SELECT", "rank,"]:  # not a question of the diagnosis, which runs beside this
+            parts.append(answer.column("step").to_pylist())
+        return answer
+
+    monkeypatch.setattr(store, "rows", seen)
+    assert b"".join(answers.export(store, run_id, "layers", "arrow"))
+    assert [step for part in parts for step in part] == [step for step in steps for _ in range(3)]
+    assert max(map(len, parts)) <= 10 + 2, "rows at a time, and what is left of the last step"
+
+
 def test_an_export_of_nothing_has_columns_and_no_rows(client: httpx.Client, run_id: str) -> None:
     create(client, run_record(run_id))
     found = pa.parquet.read_table(io.BytesIO(client.get(f"/v1/runs/{run_id}/export").content))

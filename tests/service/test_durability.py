@@ -1,4 +1,4 @@
-"""A service that is killed with SIGKILL at any moment, and started again, has every acknowledged row once."""
+"""A service that is killed with SIGKILL at any moment, or stopped under load, has every acknowledged row once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import httpx
 import pytest
 from synthetic import create, layer_rows, run_record, scalar_rows, send
 
-KILLS = int(os.environ.get("BRN_TEST_KILLS", "5"))
+KILLS = int(os.environ.get("BRN_TEST_KILLS", "10"))
 RANKS, LAYERS = 4, 3
 
 
@@ -53,9 +53,9 @@ class Sender(threading.Thread):
                 break
 
 
-def started(store: Path) -> tuple[subprocess.Popen[str], str]:
+def started(store: Path, *how: str) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "service", "--port", "0", "--store", f"chdb://{store}"],
+        [sys.executable, *(how or ("-m", "service")), "--port", "0", "--store", f"chdb://{store}"],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -90,12 +90,50 @@ def test_no_acknowledged_row_is_lost_or_doubled_whenever_the_service_is_killed(t
         for sender in senders:
             while sender.news.acquire(blocking=False):
                 pass
+    end(senders)
+    assert sum(sender.repeats for sender in senders) >= KILLS, "no batch was on its way when the service died"
+    assert_stored_once(tmp_path / "store", senders)
+
+
+def test_a_stop_under_load_writes_all_that_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRN_SERVICE_DIAGNOSIS_SECONDS", "3600")  # to diagnose a run is to read it: writes what waits
+    code = (
+        "import sys, service.batches as b; b.BLOCK_SECONDS = 3600; from service.__main__ import main; sys.exit(main())"
+    )
+    process, url = started(tmp_path / "store", "-c", code)
+    with httpx.Client(base_url=url, timeout=30) as client:
+        create(client, run_record("a", LAYERS, world_size=RANKS)).raise_for_status()
+    senders = [Sender(rank) for rank in range(RANKS)]
+    for sender in senders:
+        sender.url = url
+        sender.up.set()
+        sender.start()
+    for sender in senders:
+        for _ in range(10):
+            assert sender.news.acquire(timeout=60), "nothing was acknowledged"
+    journal = tmp_path / "store.journal"
+    assert any(page.stat().st_size for page in journal.iterdir()), "something waits"
+    process.send_signal(signal.SIGTERM)
+    try:
+        assert process.wait(30) == 0, "it stops before whoever manages processes would kill it"
+    finally:
+        process.kill()
+    assert process.stdout is not None
+    process.stdout.close()
+    end(senders)
+    assert not journal.exists(), "the engine has all of it"
+    assert_stored_once(tmp_path / "store", senders)
+
+
+def end(senders: list[Sender]) -> None:
     for sender in senders:
         sender.ended = True
         sender.up.set()
         sender.join(60)
-    assert sum(sender.repeats for sender in senders) >= KILLS, "no batch was on its way when the service died"
 
+
+def assert_stored_once(store: Path, senders: list[Sender]) -> None:
+    """Every table has every batch that was acknowledged, and no batch in part or twice."""
     code = """
 import sys
 from service.settings import Settings
@@ -106,7 +144,7 @@ for table in ("layers", "scalars", "batches"):
         print(table, row["rank"], row["seq"], row["n"])
 store.close()
 """
-    found = subprocess.run([sys.executable, "-c", code, tmp_path / "store"], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", code, store], capture_output=True, text=True, check=True)
     rows: Counter[tuple[str, int, int]] = Counter()
     for line in found.stdout.splitlines():
         table, *numbers = line.split()

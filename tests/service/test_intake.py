@@ -267,6 +267,8 @@ def test_batches_that_wait_are_written_together(client: httpx.Client, app: FastA
                     await asyncio.sleep(0.01)
                 sending += [send_of(rank) for rank in range(1, 30)]
                 while writer.waiting < 29:
+                    early = [task.result().text for task in sending if task.done()]
+                    assert not early, "answered before it was written"
                     await asyncio.sleep(0.01)
             assert {(await task).json()["rows"] for task in sending} == {1}
 

@@ -310,12 +310,6 @@ def test_the_documented_routes_are_the_routes_there_are(client: httpx.Client) ->
     assert set(re.findall(r"^### `([A-Z]+ /\S+)`$", text, re.MULTILINE)) == served
 
 
-def test_every_documented_route_has_a_line_to_paste() -> None:
-    text = (ROOT / "docs" / "api.md").read_text().partition("## Settings")[0]
-    for section in text.split("\n### ")[1:]:
-        assert "```sh\ncurl -s" in section, section.splitlines()[0]
-
-
 def test_openapi_describes_every_route_and_its_errors(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
     for path, methods in document["paths"].items():
