@@ -187,11 +187,19 @@ class _Normalize(torch.autograd.Function):
         if weight is not None and torch.is_grad_enabled():  # create_graph
             scale = as_dtype(weight, r.dtype) * r
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        if _kernels_apply(x, mask) and ctx.ranks is None:
+        if ctx.ranks is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                'sync="moments" has no second derivative: it would need collectives inside it; '
+                'use sync="none" or sync="ema" where gradients of gradients are taken'
+            )
+        if _kernels_apply(x, mask):
+            synced = ctx.ranks is not None
             dx, dz, db = _NORMALIZE_BACKWARD(
                 grad, x, scale, None, None, mean, sigma.reciprocal(), True, ctx.eps,
-                [need_x, need_weight, need_weight or need_bias],
+                [need_x, need_weight or synced, need_weight or need_bias or synced],
             )  # fmt: skip
+            if synced:
+                dx = _of_all_ranks(dx, dz, db, x, scale, mean, sigma, ctx.elements, ctx.ranks)
         else:
             dx, dz, db = _backward(grad, x, scale, mean, sigma, mask, ctx.eps, ctx.elements, ctx.ranks)
         # xhat = z r + d, so sum(dy xhat) = r sum(dy z) + d sum(dy)
@@ -202,6 +210,30 @@ class _Normalize(torch.autograd.Function):
 def _kernels_apply(x: Tensor, mask: Tensor | None) -> bool:
     """Whether torch's batch-norm kernels can do it; the compiler makes better code of the plain formula."""
     return mask is None and (x.is_cpu or x.is_cuda) and x.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def _of_all_ranks(
+    dx: Tensor | None,
+    dz: Tensor,
+    db: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    sigma: Tensor,
+    elements: int | Tensor,
+    ranks: _Ranks,
+) -> Tensor | None:
+    """The gradient dx by the sums over all ranks, from `dx` by this rank's own: they differ by a line in x.
+
+    dx = (dy - db / m - z dz / m) scale / sigma, where the kernel took this rank's db, dz and m.
+    """
+    dz_all, db_all = sum_over_ranks((dz, db), ranks.group)  # every rank has to take part, whether it needs dx or not
+    if dx is None:
+        return None
+    n, m = x.numel() // x.shape[1], elements
+    slope = (dz / n - dz_all / m) * scale / sigma.square()
+    offset = (db / n - db_all / m) * scale / sigma - slope * mean
+    return torch.addcmul(dx, x, per_channel(slope, x)).add_(per_channel(offset, x)).to(x.dtype)
 
 
 def _backward(
@@ -218,11 +250,6 @@ def _backward(
     """dx, sum(dy z) and sum(dy); the sums are this rank's own, as the gradients of gamma and beta are."""
     dims, dtype = reduced_dims(x), mean.dtype
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: a second derivative follows
-        if ranks is not None:
-            raise RuntimeError(
-                'sync="moments" has no second derivative: it would need collectives inside it; '
-                'use sync="none" or sync="ema" where gradients of gradients are taken'
-            )
         mean, sigma = _differentiable_moments(x.to(dtype), mask, eps)
     z = (x - per_channel(mean, x)) / per_channel(sigma, x)
     dy = grad.to(dtype)
