@@ -308,10 +308,15 @@ def renormalize(
     Returns:
         y with x's shape, dtype and memory format.
     """
+    functorch = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    if functorch and (synced or microbatches > 1):
+        raise RuntimeError('torch.func takes neither sync="moments" nor virtual_batch_size: leave them out under it')
     if microbatches > 1:
         assert not synced  # splitting a batch and joining it with others' contradict each other
         return _in_microbatches(x, weight, bias, correct, eps, mask, microbatches, per_sample)
     ranks = _Ranks(group) if synced else None
+    if functorch:
+        return _by_formula(x, weight, bias, correct, mask, eps, per_sample)
     if torch.compiler.is_compiling():  # which does not follow a change of buffers into an autograd.Function
         with torch.no_grad():
             measured = _measure(x, correct, mask, eps, ranks, per_sample)
@@ -330,6 +335,28 @@ def _measure(
     sigma_C = (var_C + eps).sqrt_()
     r, d = correct(moments, sigma_C)
     return mean_C, var_C, sigma_C, r, d, elements
+
+
+def _by_formula(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    correct: Correct,
+    mask: Tensor | None,
+    eps: float,
+    per_sample: bool,
+) -> Tensor:
+    """The same in operators that torch.func differentiates by itself: it takes no autograd.Function like ours."""
+    dtype = statistics_dtype(x)
+    wide = x.to(dtype)
+    with torch.no_grad():
+        _, _, _, r, d, _ = _measure(x.detach(), correct, mask, eps, None, per_sample)
+    mean, sigma = _differentiable_moments(wide, mask, eps)
+    xhat = (wide - per_channel(mean, x)) / per_channel(sigma, x) * per_channel(r, x) + per_channel(d, x)
+    if weight is not None:
+        xhat = xhat * per_channel(weight.to(dtype), x)
+    y = (xhat if bias is None else xhat + per_channel(bias.to(dtype), x)).to(x.dtype)
+    return y if mask is None else torch.where(mask, y, torch.zeros((), dtype=y.dtype, device=y.device))
 
 
 def _in_microbatches(

@@ -434,6 +434,29 @@ def test_functional_call_updates_the_buffers_it_is_given():
     assert not torch.equal(other["running_mean"], mean)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_by_torch_func_are_those_of_autograd(masked):
+    torch.manual_seed(0)
+    layer = BatchRenorm1d(5, r_max=2.0, d_max=1.0, dtype=torch.float64)
+    x, dy = torch.randn(2, 8, 5, 3, dtype=torch.float64).unbind()
+    mask = torch.rand(8, 3) > 0.3 if masked else None
+    parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+
+    def loss(parameters, x):
+        own = {name: buffer.clone() for name, buffer in buffers.items()}
+        return (torch.func.functional_call(layer, (parameters, own), (x, mask)) * dy).sum()
+
+    ours, dx = torch.func.grad(loss, argnums=(0, 1))(parameters, x)
+    x.requires_grad_()
+    (layer(x, mask) * dy).sum().backward()
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad)
+    torch.testing.assert_close(dx, x.grad)
+    layer.virtual_batch_size = 4
+    with pytest.raises(RuntimeError, match=r"torch\.func takes neither"):
+        torch.func.grad(loss, argnums=1)(parameters, x.detach())
+
+
 def test_frozen_layers_infer_and_track_nothing_even_in_training():
     layer = _trained(BatchRenorm1d(3, **OPEN))
     layer.frozen = True
