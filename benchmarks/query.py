@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -221,8 +222,11 @@ def arriving(url: str, rows_per_second: int) -> Iterator[Callable[[], float]]:
 
 def send(url: str, rows_per_second: int, ready: Any, stop: Any) -> None:
     """Sends for all ranks, each from a thread, at a steady pace; a batch that is late is not caught up with."""
-    rng = np.random.default_rng(0)
-    bodies = [wire.encode_batch(ingest.tables(rng, 1 + ingest.STEPS * i)) for i in range(50)]
+
+    @lru_cache(maxsize=16)
+    def body(seq: int) -> bytes:  # every rank sends the same, one after another
+        return wire.encode_batch(ingest.tables(np.random.default_rng(seq), 1 + ingest.STEPS * seq))
+
     pause = ingest.RANKS * ingest.STEPS * ingest.LAYERS / rows_per_second
     address = urlsplit(url)
 
@@ -231,7 +235,7 @@ def send(url: str, rows_per_second: int, ready: Any, stop: Any) -> None:
         seq, due = 0, time.monotonic() + pause * rank / ingest.RANKS
         while not stop.wait(max(0.0, due - time.monotonic())):
             path = f"/v1/runs/{ARRIVING}/batches?rank={rank}&seq={seq}"
-            connection.request("POST", path, bodies[seq % len(bodies)], {"Content-Type": wire.MEDIA_TYPE})
+            connection.request("POST", path, body(seq), {"Content-Type": wire.MEDIA_TYPE})
             answer = connection.getresponse()
             answer.read()
             seq += answer.status == 200

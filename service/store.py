@@ -76,9 +76,13 @@ class Store:
 
         With a parameter `run` it is about this run alone.
         """
-        with suppress(ServiceError):  # a full disk does not keep anyone from reading what the engine has
-            self._taken.settle(parameters.get("run"))
+        self.settle(parameters.get("run"))
         return self.engine.rows(sql, **parameters)
+
+    def settle(self, run_id: str | None = None) -> None:
+        """Has the engine take what was put so far, of a run or of all: `engine.rows` then finds it."""
+        with suppress(ServiceError):  # a full disk does not keep anyone from reading what the engine has
+            self._taken.settle(run_id)
 
     def record(self, run_id: str) -> StoredRun | None:
         """What a run says of itself, and its last verdict; None where there is no such run."""

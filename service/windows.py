@@ -87,7 +87,7 @@ def _newest_from(store: Store, state: _State, table: str, steps: int, rows_a_ste
     span = count
     while True:
         begin = max(first, last + 1 - span)
-        found = store.rows(
+        found = store.engine.rows(
             f"""
             SELECT min(step) AS newest_from, count() AS steps FROM (
                 SELECT DISTINCT step FROM {table} WHERE run_id = {{run:String}} AND step >= {{begin:UInt64}}
@@ -103,7 +103,7 @@ def _newest_from(store: Store, state: _State, table: str, steps: int, rows_a_ste
 
 
 def _probe_rows(store: Store, state: _State, K: int) -> ProbeRows:
-    table = store.rows(
+    table = store.engine.rows(
         """
         SELECT step, rank, samples, mean, var, adjacency FROM probe
         WHERE run_id = {run:String} AND step >= {begin:UInt64} ORDER BY step, seq
@@ -133,7 +133,7 @@ def _layer_rows(
     Later batches come last, so that a step sent twice (a run that went on from a checkpoint) ends up with its
     newer rows.
     """
-    table = store.rows(
+    table = store.engine.rows(
         f"""
         SELECT step, rank, layer, {", ".join(LAYER_COLUMNS)} FROM layers
         WHERE run_id = {{run:String}} AND step >= {{begin:UInt64}} AND step <= {{end:UInt64}} AND step % {every} = 0
@@ -158,7 +158,7 @@ def _first_sigma(store: Store, run_id: str, extent: Extent, L: int) -> Floats:
     """(L,) mean sigma_B of each layer over the first steps of the run, NaN where it has no row there."""
     first_L = np.full(L, np.nan)
     first = extent.first_step or 0
-    table = store.rows(
+    table = store.engine.rows(
         """
         SELECT layer, avg(sigma_b) AS sigma FROM layers
         WHERE run_id = {run:String} AND step <= {end:UInt64} AND layer < {layers:UInt32} GROUP BY layer
@@ -186,7 +186,7 @@ def _opening(store: Store, state: _State, K: int, L: int) -> Opening | None:
     end = min(newest, opened + round(AFTER_TAUS * tau))
     rows_most = max(50, min(OPENING_STEPS, WINDOW_ROWS // max(1, K * L)))
     rows = _layer_rows(store, run.id, K, L, begin, end, every=max(1, (end - begin) // rows_most))
-    loss = store.rows(
+    loss = store.engine.rows(
         """
         SELECT step, avg(value) AS value FROM (
             SELECT rank, step, argMax(value, seq) AS value FROM scalars
@@ -207,7 +207,7 @@ def _opening(store: Store, state: _State, K: int, L: int) -> Opening | None:
 
 def _scalar_rows(store: Store, state: _State) -> dict[str, ScalarRows]:
     """Our own scalars (`brn/...`) and the user's that begin with `loss`, mean over ranks."""
-    table = store.rows(
+    table = store.engine.rows(
         f"""
         SELECT name, groupArray(step) AS steps, groupArray(value) AS values FROM (
             SELECT name, step, avg(value) AS value FROM (
@@ -232,7 +232,7 @@ def _scalar_rows(store: Store, state: _State) -> dict[str, ScalarRows]:
 
 
 def _first_nonfinite(store: Store, run_id: str, L: int) -> NonFinite | None:
-    found = store.rows(
+    found = store.engine.rows(
         """
         SELECT step, layer, rank, nonfinite_channels FROM layers
         WHERE run_id = {run:String} AND nonfinite_channels > 0 AND layer < {layers:UInt32}

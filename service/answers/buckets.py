@@ -119,7 +119,7 @@ def recent_step(store: Store, run_id: str, rows: int) -> int:
     From the list of batches, which is thousands of times shorter: what asks for the newest rows need not look for
     them among all.
     """
-    found = store.rows(
+    found = store.engine.rows(
         """
         SELECT min(first_step) AS step FROM (
             SELECT first_step, sum(layer_rows) OVER (ORDER BY last_step DESC, rank, seq) - layer_rows AS newer

@@ -113,7 +113,7 @@ def _differences(settings: Sequence[dict[str, JsonValue]]) -> dict[str, list[Jso
 
 def _final(store: Store, run_id: str) -> dict[str, float]:
     """Each scalar at its newest step, mean over ranks."""
-    table = store.rows(
+    table = store.engine.rows(
         """
         SELECT name, any(mean) AS value FROM (
             SELECT name, step, avg(value) AS mean FROM scalars

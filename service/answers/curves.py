@@ -39,7 +39,7 @@ def series(
 
 def buckets_of(store: Store, part: Slice, stats: Sequence[str]) -> tuple[list[int], dict[str, Buckets]]:
     """The steps of the buckets that have rows, and each (checked) statistic over them."""
-    table = store.rows(
+    table = store.engine.rows(
         f"""
         SELECT max(step) AS newest, {", ".join(aggregates(stat) for stat in stats)}
         FROM layers WHERE {part.where}
@@ -84,7 +84,7 @@ def heatmap(
     # meanwhile has a bucket beyond it.
     cells = (part.last // part.width - part.first // part.width + 1) * L
     kind = "UInt16" if cells <= 2**16 else "UInt32"
-    table = store.rows(
+    table = store.engine.rows(
         f"""
         SELECT to{kind}((intDiv(step, {{width:UInt64}}) - {{bucket:UInt64}}) * {{layers:UInt64}} + layer) AS cell,
                max(step) AS newest, avg({stat}) AS value
@@ -140,7 +140,7 @@ def summary(store: Store, run_id: str) -> Summary:
 def _newest_rows(store: Store, run_id: str, layers: Sequence[int], from_step: int) -> list[LayerSummary]:
     """Rows of these layers at their newest step, mean over ranks, where it is `from_step` or later."""
     where = "run_id = {run:String} AND step >= {from:UInt64} AND layer IN {layers:Array(UInt16)}"
-    table = store.rows(
+    table = store.engine.rows(
         f"""
         SELECT layer, step, {", ".join(f"avg({metric.name}) AS {metric.name}_mean" for metric in METRICS)}
         FROM layers
@@ -184,7 +184,7 @@ def scalars(
     for name in wanted:
         if name not in existing:
             raise Invalid(f"there is no scalar {name!r}; run {run_id!r} has: {some(existing)}")
-    table = store.rows(
+    table = store.engine.rows(
         f"""
         SELECT name, groupArray(newest) AS steps, groupArray(value_min) AS min, groupArray(value_mean) AS mean,
                groupArray(value_max) AS max

@@ -86,7 +86,7 @@ def _schema(table: str, text: bool) -> pa.Schema:
 def _chunks(store: Store, run_id: str, table: str, first: int, last: int) -> list[tuple[int, int]]:
     """Ranges of steps, both ends included, in order: `CHUNK_ROWS` rows each, and what is left of the last step."""
     weight = "length(mu_b)" if table == "channels" else "1"
-    ranges = store.rows(
+    ranges = store.engine.rows(
         f"""SELECT min(step) AS first, max(step) AS last FROM (
             SELECT step, intDiv(sum(rows) OVER (ORDER BY step) - rows, {{most:UInt64}}) AS chunk FROM (
                 SELECT step, sum({weight}) AS rows FROM {table}
@@ -108,7 +108,7 @@ def _written(
     sink = _Sink()
     with _writer(sink, schema, file_format) as writer:
         for first, last in chunks:
-            rows = store.rows(sql, run=run_id, first=first, last=last)
+            rows = store.engine.rows(sql, run=run_id, first=first, last=last)
             writer.write_table(rows.cast(schema))
             yield sink.taken()
     yield sink.taken()

@@ -64,12 +64,16 @@ class State:
 
 
 def known(store: Store, run_id: str) -> State:
-    """A run as stored now.
+    """A run as stored now, with which an answer begins: the engine has all its rows, and may be asked for them.
+
+    Once for an answer, and not before each of its questions: of a run that rows arrive for, each would write a few.
 
     Raises:
         NotFound: there is none of this id.
     """
-    return State(stored_run(store, run_id), store.extent(run_id))
+    state = State(stored_run(store, run_id), store.extent(run_id))
+    store.settle(run_id)
+    return state
 
 
 def stored_run(store: Store, run_id: str) -> StoredRun:
@@ -91,7 +95,7 @@ def run(store: Store, run_id: str) -> Run:
     Raises:
         NotFound: there is none of this id.
     """
-    return known(store, run_id).run(datetime.now(UTC))
+    return State(stored_run(store, run_id), store.extent(run_id)).run(datetime.now(UTC))
 
 
 def layers(store: Store, run_id: str) -> list[Layer]:

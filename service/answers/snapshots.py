@@ -38,7 +38,7 @@ def channels(
     """
     state = known(store, run_id)
     part = part_of(state, 1, layer=layer, rank=rank)
-    taken = store.rows(
+    taken = store.engine.rows(
         f"SELECT step, min(rank) AS lowest FROM channels WHERE {part.where} GROUP BY step ORDER BY step",
         **part.parameters,
     )
@@ -51,7 +51,7 @@ def channels(
     step = steps[-1] if step is None else step
     rank = taken.column("lowest")[steps.index(step)].as_py()
     # Of a step that was recorded twice the later batch counts.
-    rows = store.rows(
+    rows = store.engine.rows(
         f"""
         SELECT layer, {", ".join(VECTORS)} FROM channels
         WHERE {part.where} AND rank = {{only:UInt32}} AND step = {{at:UInt64}} AND layer < {{layers:UInt32}}
@@ -98,12 +98,12 @@ def history(store: Store, run_id: str, layer: int, *, rank: int | None = None) -
         Invalid: no such layer.
     """
     part = part_of(known(store, run_id), 1, layer=layer, rank=rank)
-    taken = store.rows(f"SELECT DISTINCT step FROM channels WHERE {part.where} ORDER BY step", **part.parameters)
+    taken = store.engine.rows(f"SELECT DISTINCT step FROM channels WHERE {part.where} ORDER BY step", **part.parameters)
     steps: list[int] = taken.column("step").to_pylist()
     if not steps:
         return History(layer, [], np.empty((0, 0)), np.empty((0, 0)))
     every = -(-len(steps) // MOST_SNAPSHOTS)
-    table = store.rows(
+    table = store.engine.rows(
         f"""
         SELECT step, r, d FROM channels WHERE {part.where} AND step IN {{steps:Array(UInt64)}}
         ORDER BY step, rank, seq DESC LIMIT 1 BY step

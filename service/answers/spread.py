@@ -43,7 +43,7 @@ def ranks(store: Store, run_id: str, *, from_step: int | None = None, to_step: i
     part = part_of(state, 1, from_step=from_step, to_step=to_step)
     names = [layer.name for layer in state.stored.record.layers]
     K = max(state.stored.record.world_size, (state.extent.last_rank or 0) + 1)
-    table = store.rows(
+    table = store.engine.rows(
         f"""
         SELECT layer, rank, avg(mu_b) AS mu, avg(sigma_b) AS sigma
         FROM layers WHERE {part.where} AND layer < {{layers:UInt32}} AND rank < {{ranks:UInt32}} GROUP BY layer, rank
@@ -84,7 +84,7 @@ def _newest_from(store: Store, state: State) -> int:
     """The first of the newest recorded steps of the table `layers`."""
     run = state.stored.record
     rows = NEWEST_STEPS * run.world_size * max(1, len(run.layers))
-    found = store.rows(
+    found = store.engine.rows(
         f"""
         SELECT min(step) AS step FROM (
             SELECT DISTINCT step FROM layers WHERE run_id = {{run:String}} AND step >= {{from:UInt64}}
@@ -124,12 +124,12 @@ def _outlier(far_LK: Floats, ranks: Ints) -> Outlier | None:
 
 
 def _health(store: Store, state: State, K: int, where: str, parameters: dict[str, Any]) -> list[RankHealth]:
-    sent = store.rows(
+    sent = store.engine.rows(
         """SELECT rank, max(last_step) AS last_step, max(received_at) AS received_at
         FROM batches WHERE run_id = {run:String} GROUP BY rank""",
         run=state.stored.record.id,
     )
-    times = store.rows(
+    times = store.engine.rows(
         f"SELECT rank, avg(value) AS seconds FROM scalars WHERE {where} AND name = {{name:String}} GROUP BY rank",
         **parameters,
         name=SCALAR_STEP_TIME,

@@ -41,7 +41,7 @@ def probe(
     """
     state = known(store, run_id)
     part = part_of(state, points, rank=rank, from_step=from_step, to_step=to_step)
-    table = store.rows(
+    table = store.engine.rows(
         f"""
         SELECT max(step) AS newest, avg(samples) AS samples_mean,
                {", ".join(f"avgForEach({name}) AS {name}_mean" for name in VECTORS)}
@@ -90,7 +90,7 @@ def windows(rows: ProbeRows) -> list[ProbeWindow]:
 
 def _rows(store: Store, part: Slice) -> ProbeRows:
     """The newest recorded steps of a slice, oldest first, with the ranks that are in it."""
-    table = store.rows(
+    table = store.engine.rows(
         f"""
         SELECT step, rank, samples, mean, var, adjacency FROM probe WHERE {part.where} AND step IN (
             SELECT DISTINCT step FROM probe WHERE {part.where} ORDER BY step DESC LIMIT {WINDOWS * WINDOW_STEPS}

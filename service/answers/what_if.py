@@ -273,10 +273,10 @@ def _rows(
     every = 1
     if stored_rows > MOST_ROWS:  # of all layers and ranks; the slice may have fewer
         sql = f"SELECT count() AS n FROM layers WHERE {part.where}"
-        count = store.rows(sql, **part.parameters).column("n")[0].as_py()
+        count = store.engine.rows(sql, **part.parameters).column("n")[0].as_py()
         while count > MOST_ROWS * every:
             every *= 2
-    table = store.rows(
+    table = store.engine.rows(
         f"""
         SELECT intDiv(step, {{width:UInt64}}) AS bucket, step, layer, {", ".join((*_R, *_D))}
         FROM layers
@@ -298,7 +298,7 @@ def _rows(
 
 def _exact(store: Store, part: Slice, r_max: float, d_max: float) -> ExactClipping:
     """From snapshots; NaN is within no limits, so it counts as clipped."""
-    table = store.rows(
+    table = store.engine.rows(
         f"""
         SELECT step,
                avg(arrayAvg(x -> NOT (x >= 1 / {{r_max:Float64}} AND x <= {{r_max:Float64}}), r)) AS clip_r,

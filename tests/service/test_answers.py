@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import threading
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -19,7 +20,7 @@ from scipy.stats import norm
 from synthetic import create, layer_rows, probe_rows, run_record, scalar_rows, send, write_run
 
 from brn_core import wire
-from service import answers
+from service import answers, windows
 from service.answers import what_if
 from service.answers.records import CRASHED_SECONDS, STALLED_SECONDS, state_of
 from service.answers.spread import NEWEST_STEPS
@@ -494,6 +495,27 @@ def test_comparing_wants_two_to_twenty_runs(store: Store, runs: list[str]) -> No
         answers.compare(store, runs, ["gap"])
 
 
+# -------- while rows arrive
+
+
+def test_an_answer_has_what_waits_written_once_not_before_each_of_its_questions(
+    client: httpx.Client, store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(client, run_id, layers=2, steps=3)
+    settle, asking = store._taken.settle, threading.get_ident()
+    settled: list[str | None] = []
+
+    def counted(run: str | None = None) -> None:
+        if threading.get_ident() == asking:  # a diagnosis runs beside this
+            settled.append(run)
+        settle(run)
+
+    monkeypatch.setattr(store._taken, "settle", counted)
+    assert len(answers.summary(store, run_id).layers) == 2
+    assert windows.window(store, run_id).last_step == 3
+    assert settled == [run_id, run_id]
+
+
 # -------- export
 
 
@@ -541,7 +563,7 @@ def test_an_export_is_read_in_parts_of_like_size_however_far_apart_the_steps_are
     steps = [*range(100), 2**50]  # one step far from the others
     send(client, run_id, {"layers": layer_rows(steps, 3)}).raise_for_status()
     parts: list[list[int]] = []
-    ask = store.rows
+    ask = store.engine.rows
 
     def seen(sql: str, **parameters: Any) -> pa.Table:
         answer = ask(sql, **parameters)
@@ -549,7 +571,7 @@ def test_an_export_is_read_in_parts_of_like_size_however_far_apart_the_steps_are
             parts.append(answer.column("step").to_pylist())
         return answer
 
-    monkeypatch.setattr(store, "rows", seen)
+    monkeypatch.setattr(store.engine, "rows", seen)
     assert b"".join(answers.export(store, run_id, "layers", "arrow"))
     assert [step for part in parts for step in part] == [step for step in steps for _ in range(3)]
     assert max(map(len, parts)) <= 10 + 2, "rows at a time, and what is left of the last step"
