@@ -387,6 +387,7 @@ def test_an_engine_that_takes_nothing_bounds_what_waits_and_gets_it_all_once_it_
     client: httpx.Client, store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create(client, run_record(run_id, layers=1))
+    store.rows("SELECT 1")  # nothing of other tests waits
     insert = store.engine.insert
 
     def full(table: str, *rest: object) -> None:
