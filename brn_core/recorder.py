@@ -38,6 +38,7 @@ from torch.utils.hooks import RemovableHandle
 
 from brn_core.capture import BatchNormMoments, PinnedRing, Segment, Taken, Transfer, pack
 from brn_core.client import Client
+from brn_core.complaints import Complaints
 from brn_core.functional import Observation, in_backward
 from brn_core.journal import Journal
 from brn_core.layers import BatchRenorm
@@ -46,7 +47,7 @@ from brn_core.packer import ScalarGroup, StepRows, tables
 from brn_core.probe import InputProbe, model_inputs
 from brn_core.reducer import Frame, Reducer
 from brn_core.shadow import Shadow, cloned, is_wrapper, run_shadow, unwrapped
-from brn_core.shipper import Complaints, Shipper
+from brn_core.shipper import Shipper
 from brn_core.spool import Spool
 from brn_core.termination import on_termination
 from brn_core.wire import (

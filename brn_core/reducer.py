@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 from brn_core.capture import Taken, Transfer, pack, size_bytes
+from brn_core.complaints import Complaints
 from brn_core.packer import (
     Block,
     Key,
@@ -24,7 +25,7 @@ from brn_core.packer import (
     layer_columns,
     snapshot,
 )
-from brn_core.shipper import Complaints, Shipper
+from brn_core.shipper import Shipper
 from brn_core.wire import PROBE_FEATURES, SCALAR_DROPPED
 
 PENDING_STEPS: Final = 512
