@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from brn_core.capture import BatchNormMoments, PinnedRing, Segment, Taken, Transfer, pack
+from brn_core.capture import BatchNormMoments, PinnedRing, Segment, Taken, Transfer, host_bytes, pack
 from brn_core.client import Client
 from brn_core.complaints import Complaints
 from brn_core.functional import Observation, in_backward
@@ -399,12 +399,12 @@ class Recorder:
                     f"the model ran, but none of its {len(self._watched)} normalization layers was seen to: "
                     "watch a compiled model before its first forward, and no nn.DataParallel or CUDA graph",
                 )
-        if any(not sample.mean_NC.is_cpu for sample in taken.values()):
+        if (size := host_bytes(taken)) is None:
             # on its own device and stream, where a few kernels more do not make training wait
-            segments, taken = pack({step: taken}) + segments, {}
+            segments, taken, size = pack({step: taken}) + segments, {}, 0
         transfer = Transfer.start(segments, self._rings)
         snapshot = self.rank == 0 and self._channels_every > 0 and step % self._channels_every == 0
-        self._reducer.offer(Frame(step, taken, transfer, host, snapshot))
+        self._reducer.offer(Frame(step, taken, transfer, host, snapshot, size + transfer.size_bytes))
 
     def _all_taken(self) -> dict[int, Taken]:
         taken = self._taken
