@@ -111,7 +111,7 @@ class Recorder:
         start_step: number of the first step, for a training that is resumed.
         journal: file in which this rank notes what it sends, one a rank, beside the checkpoint. With `run_id`,
             `start_step` and the same file a resumed training repeats steps, and their rows are stored once; call
-            `flush` before each checkpoint.
+            `flush` before each checkpoint, and write none while `repeating`.
 
     Raises:
         ValueError: an argument that makes no sense.
@@ -256,6 +256,14 @@ class Recorder:
         with self._border():
             self._hand_over(step, host, device)
         self._arm()
+
+    @property
+    def repeating(self) -> bool:
+        """Whether a resumed training still repeats the batch in its journal: a checkpoint now would lose a part of it.
+
+        That ends after a step or so more than lay between two checkpoints before.
+        """
+        return self._shipper.repeating
 
     def flush(self, *, timeout_seconds: float = 10.0) -> bool:
         """Wait until every step given to `step` is stored, in the spool, or counted as dropped: before a checkpoint.

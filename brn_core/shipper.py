@@ -137,6 +137,11 @@ class Shipper(Generic[Item]):
         """Recorded steps that will never be stored: queue full, spool full or absent, refused by the service."""
         return self._dropped
 
+    @property
+    def repeating(self) -> bool:
+        """Whether the journal's last batch is still to be sent again, as a whole."""
+        return self._repeated is not None
+
     def offer(self, item: Item) -> bool:
         """Queue one item. Never blocks on the service: a full queue drops the item, counts it and answers False."""
         size = item.size_bytes
