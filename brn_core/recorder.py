@@ -85,8 +85,9 @@ class Recorder:
     than what it was given, if it is to be one graph. nn.DataParallel and CUDA graphs are out: the former runs copies
     of the layers, the latter none.
 
-    Memory, at most: 64 MiB of steps that wait to be reduced (or a single larger one), about as much while some are
-    reduced, and 64 MiB of reduced steps that wait to be sent: 170 bytes a layer, 28 bytes a channel in a snapshot.
+    Memory, at most: 64 MiB of steps that wait to be reduced (or a single larger one); about three times 8 MiB of steps
+    (or a single larger one) while they are reduced; 64 MiB of reduced steps that wait to be sent, 170 bytes a layer and
+    28 bytes a channel in a snapshot. A shadow pass holds a copy of the input and of the buffers.
 
     Making one is a collective call where torch.distributed is initialized: rank 0 shares the run's id. Nothing that
     goes wrong afterwards reaches the training loop: it is logged once, then once a minute.
@@ -304,7 +305,9 @@ class Recorder:
         with self._border():
             ended = self._reducer.close(timeout_seconds)
             left = max(deadline - time.monotonic(), 0.0)
-            said = {} if failure is None else {"failure": failure[:MAX_FAILURE]}
+            said: dict[str, Any] = {} if failure is None else {"failure": failure[:MAX_FAILURE]}
+            if self._reducer.dropped:
+                said["dropped_steps"] = self._reducer.dropped
             end = RunUpdate(status=status, **said) if self.rank == 0 else None
             ended &= self._shipper.close(timeout_seconds=left, end=end)
             if not ended:

@@ -220,7 +220,7 @@ class Shipper(Generic[Item]):
         for items, seq in batches:
             self._ship(items, seq)
         if self._folder is not None and self._end is not None:
-            self._folder.put_end(self._registration, self._end)
+            self._folder.put_end(self._registration, self._last_word(self._end))
 
     # Everything below runs in the shipper's thread (and, for `_rescue`, in the closing one).
 
@@ -487,10 +487,15 @@ class Shipper(Generic[Item]):
         left = self._seconds_left()
         if not self._spooled and left is not None and left > 0:
             with self._request():
-                answer = self._client.update(self._registration, self._end, within_seconds=left)
+                answer = self._client.update(self._registration, self._last_word(self._end), within_seconds=left)
             if answer.outcome == "stored":
                 self._acknowledged(answer.acknowledgement)
                 return
             self._complaints.say("end", answer.detail)
         if self._folder is not None and not self._abandoned:
-            self._folder.put_end(self._registration, self._end)
+            self._folder.put_end(self._registration, self._last_word(self._end))
+
+    def _last_word(self, end: RunUpdate) -> RunUpdate:
+        """With what was dropped here added to what its maker counts."""
+        dropped = (end.dropped_steps or 0) + self._dropped
+        return end.model_copy(update={"dropped_steps": dropped}) if dropped else end

@@ -415,6 +415,17 @@ def test_a_repeated_problem_is_logged_once_then_once_a_minute_with_its_count(cap
     assert [r.getMessage() for r in caplog.records] == ["full", "news", "full (51 times so far)", "full"]
 
 
+def test_what_is_dropped_up_to_the_very_end_is_said_with_the_end(ship):
+    with FakeService(lambda method, path: Fault(422) if path.endswith("/batches") else None) as service:
+        shipper = ship(service.url, flush_seconds=3600)
+        for step in range(3):
+            shipper.offer(_step(step))
+        shipper.close(end=RunUpdate(status="finished", dropped_steps=2))  # two were lost before they came here
+        assert service.dropped == {"run-1": 5}
+        ship(service.url, registration=RunCreate(id="run-2", name="b")).close(end=RunUpdate(status="finished"))
+        assert service.dropped == {"run-1": 5}, "a run without drops says nothing of them"
+
+
 # --- a service that is worse than absent ---------------------------------------------------------------------------
 
 
