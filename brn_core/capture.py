@@ -49,9 +49,18 @@ class Segment(NamedTuple):
     flat: Tensor
 
 
-def size_bytes(taken: Mapping[int, Taken]) -> int:
-    """About how much memory is held by what was taken: the two tables of the samples outweigh everything else."""
-    return 2 * sum(t.mean_NC.nbytes for t in taken.values())  # each attribute costs: training waits for this
+def host_bytes(taken: Mapping[int, Taken]) -> int | None:
+    """About how much memory is held by what was taken; None where some of it is on another device.
+
+    The two tables of the samples outweigh everything else. Each attribute costs, and training waits for this.
+    """
+    size = 0
+    for sample in taken.values():
+        table = sample.mean_NC
+        if not table.is_cpu:
+            return None
+        size += table.nbytes
+    return 2 * size
 
 
 @torch.no_grad()

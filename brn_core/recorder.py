@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from brn_core.capture import BatchNormMoments, PinnedRing, Segment, Taken, Transfer, pack
+from brn_core.capture import BatchNormMoments, PinnedRing, Segment, Taken, Transfer, host_bytes, pack
 from brn_core.client import Client
+from brn_core.complaints import Complaints
 from brn_core.functional import Observation, in_backward
 from brn_core.journal import Journal
 from brn_core.layers import BatchRenorm
@@ -46,7 +47,7 @@ from brn_core.packer import ScalarGroup, StepRows, tables
 from brn_core.probe import InputProbe, model_inputs
 from brn_core.reducer import Frame, Reducer
 from brn_core.shadow import Shadow, cloned, is_wrapper, run_shadow, unwrapped
-from brn_core.shipper import Complaints, Shipper
+from brn_core.shipper import Shipper
 from brn_core.spool import Spool
 from brn_core.termination import on_termination
 from brn_core.wire import (
@@ -84,8 +85,9 @@ class Recorder:
     than what it was given, if it is to be one graph. nn.DataParallel and CUDA graphs are out: the former runs copies
     of the layers, the latter none.
 
-    Memory, at most: 64 MiB of steps that wait to be reduced (or a single larger one), about as much while some are
-    reduced, and 64 MiB of reduced steps that wait to be sent: 170 bytes a layer, 28 bytes a channel in a snapshot.
+    Memory, at most: 64 MiB of steps that wait to be reduced (or a single larger one); about three times 8 MiB of steps
+    (or a single larger one) while they are reduced; 64 MiB of reduced steps that wait to be sent, 170 bytes a layer and
+    28 bytes a channel in a snapshot. A shadow pass holds a copy of the input and of the buffers.
 
     Making one is a collective call where torch.distributed is initialized: rank 0 shares the run's id. Nothing that
     goes wrong afterwards reaches the training loop: it is logged once, then once a minute.
@@ -110,7 +112,7 @@ class Recorder:
         start_step: number of the first step, for a training that is resumed.
         journal: file in which this rank notes what it sends, one a rank, beside the checkpoint. With `run_id`,
             `start_step` and the same file a resumed training repeats steps, and their rows are stored once; call
-            `flush` before each checkpoint.
+            `flush` before each checkpoint, and write none while `repeating`.
 
     Raises:
         ValueError: an argument that makes no sense.
@@ -256,6 +258,14 @@ class Recorder:
             self._hand_over(step, host, device)
         self._arm()
 
+    @property
+    def repeating(self) -> bool:
+        """Whether a resumed training still repeats the batch in its journal: a checkpoint now would lose a part of it.
+
+        That ends after a step or so more than lay between two checkpoints before.
+        """
+        return self._shipper.repeating
+
     def flush(self, *, timeout_seconds: float = 10.0) -> bool:
         """Wait until every step given to `step` is stored, in the spool, or counted as dropped: before a checkpoint.
 
@@ -295,7 +305,9 @@ class Recorder:
         with self._border():
             ended = self._reducer.close(timeout_seconds)
             left = max(deadline - time.monotonic(), 0.0)
-            said = {} if failure is None else {"failure": failure[:MAX_FAILURE]}
+            said: dict[str, Any] = {} if failure is None else {"failure": failure[:MAX_FAILURE]}
+            if self._reducer.dropped:
+                said["dropped_steps"] = self._reducer.dropped
             end = RunUpdate(status=status, **said) if self.rank == 0 else None
             ended &= self._shipper.close(timeout_seconds=left, end=end)
             if not ended:
@@ -398,12 +410,12 @@ class Recorder:
                     f"the model ran, but none of its {len(self._watched)} normalization layers was seen to: "
                     "watch a compiled model before its first forward, and no nn.DataParallel or CUDA graph",
                 )
-        if any(not sample.mean_NC.is_cpu for sample in taken.values()):
+        if (size := host_bytes(taken)) is None:
             # on its own device and stream, where a few kernels more do not make training wait
-            segments, taken = pack({step: taken}) + segments, {}
+            segments, taken, size = pack({step: taken}) + segments, {}, 0
         transfer = Transfer.start(segments, self._rings)
         snapshot = self.rank == 0 and self._channels_every > 0 and step % self._channels_every == 0
-        self._reducer.offer(Frame(step, taken, transfer, host, snapshot))
+        self._reducer.offer(Frame(step, taken, transfer, host, snapshot, size + transfer.size_bytes))
 
     def _all_taken(self) -> dict[int, Taken]:
         taken = self._taken

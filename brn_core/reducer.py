@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple
 
-from brn_core.capture import Taken, Transfer, pack, size_bytes
+from brn_core.capture import Taken, Transfer, pack
+from brn_core.complaints import Complaints
 from brn_core.packer import (
     Block,
     Key,
@@ -24,7 +25,7 @@ from brn_core.packer import (
     layer_columns,
     snapshot,
 )
-from brn_core.shipper import Complaints, Shipper
+from brn_core.shipper import Shipper
 from brn_core.wire import PROBE_FEATURES, SCALAR_DROPPED
 
 PENDING_STEPS: Final = 512
@@ -50,6 +51,7 @@ class Frame(NamedTuple):
         transfer: what was reduced on its device, the probe, and scalars that are tensors.
         scalars: numbers.
         snapshot: whether every channel is wanted.
+        size_bytes: about how much memory it holds.
     """
 
     step: int
@@ -57,6 +59,7 @@ class Frame(NamedTuple):
     transfer: Transfer
     scalars: dict[str, float]
     snapshot: bool
+    size_bytes: int
 
 
 class Reducer:
@@ -84,7 +87,7 @@ class Reducer:
         self._shipper = shipper
         self._all_dropped = dropped
         self._gather_seconds = min(_GATHER_SECONDS, flush_seconds)
-        self._frames: deque[tuple[Frame, int]] = deque()  # with their sizes
+        self._frames: deque[Frame] = deque()
         self._bytes = 0
         self._oldest_at = 0.0
         self._changed = threading.Condition()
@@ -102,7 +105,7 @@ class Reducer:
 
     def offer(self, frame: Frame) -> None:
         """Queue one step; a full queue drops it. Takes a lock that is only ever held for an instant."""
-        size = frame.transfer.size_bytes + size_bytes(frame.taken)
+        size = frame.size_bytes
         with self._changed:
             full = self._frames and (len(self._frames) >= PENDING_STEPS or self._bytes + size > PENDING_BYTES)
             if full or self._ended:
@@ -111,7 +114,7 @@ class Reducer:
                 return
             if not self._frames:
                 self._oldest_at = time.monotonic()
-            self._frames.append((frame, size))
+            self._frames.append(frame)
             before, self._bytes = self._bytes, self._bytes + size
             # not for the first: waking a thread is dear, and an idle one looks by itself before a gathering is over
             if len(self._frames) == _GATHER_STEPS or before < _GATHER_BYTES <= self._bytes:
@@ -198,7 +201,7 @@ class Reducer:
         frames: list[Frame] = []
         taken = 0
         while self._frames and taken < _GATHER_BYTES:
-            frame, size = self._frames[0]
+            frame = self._frames[0]
             try:
                 if not frame.transfer.ready():
                     break
@@ -206,9 +209,9 @@ class Reducer:
                 self._lost(error)
             else:
                 frames.append(frame)
-                taken += size
+                taken += frame.size_bytes
             self._frames.popleft()
-            self._bytes -= size
+            self._bytes -= frame.size_bytes
         self._oldest_at = time.monotonic()
         return frames
 

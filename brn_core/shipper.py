@@ -17,13 +17,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from brn_core.client import SENDER_THREAD, Answer, Client
+from brn_core.complaints import Complaints
 from brn_core.drain import Drained, drain
 from brn_core.journal import Journal
-from brn_core.spool import Spool, SpoolFolder, without_login
+from brn_core.leftovers import Leftovers
+from brn_core.spool import Spool, SpoolFolder
 from brn_core.wire import RunCreate, RunUpdate
 
 logger = logging.getLogger("brn_core")
@@ -94,7 +95,6 @@ class Shipper(Generic[Item]):
         self._registration = registration
         self._rank = rank
         self._encode = encode
-        self._spool = spool
         self._folder = spool.folder(registration.id, rank) if spool is not None else None
         if self._folder is not None:
             self._folder.url = client.url
@@ -119,8 +119,7 @@ class Shipper(Generic[Item]):
         self._max_bytes = MAX_BYTES
         self._registered = rank != 0
         self._spooled = False
-        self._leftovers = sends_leftovers and spool is not None
-        self._hopeless: set[Path] = set()
+        self._leftovers = Leftovers(spool, registration.id, client.url) if sends_leftovers and spool else None
         self._failures = 0
         self._retry_at = 0.0
         self._told_to_wait = False
@@ -137,6 +136,11 @@ class Shipper(Generic[Item]):
     def dropped(self) -> int:
         """Recorded steps that will never be stored: queue full, spool full or absent, refused by the service."""
         return self._dropped
+
+    @property
+    def repeating(self) -> bool:
+        """Whether the journal's last batch is still to be sent again, as a whole."""
+        return self._repeated is not None
 
     def offer(self, item: Item) -> bool:
         """Queue one item. Never blocks on the service: a full queue drops the item, counts it and answers False."""
@@ -196,7 +200,10 @@ class Shipper(Generic[Item]):
             self._guarded(self._rescue)
         elif self._thread.is_alive():
             self._thread.join(5 * _GRACE_SECONDS)  # it is spooling
-        return not self._thread.is_alive()
+        ended = not self._thread.is_alive()
+        if ended and self._folder is not None:
+            self._folder.release()
+        return ended
 
     def _rescue(self) -> None:
         """Spool what is left in memory, from the closing thread."""
@@ -213,7 +220,7 @@ class Shipper(Generic[Item]):
         for items, seq in batches:
             self._ship(items, seq)
         if self._folder is not None and self._end is not None:
-            self._folder.put_end(self._registration, self._end)
+            self._folder.put_end(self._registration, self._last_word(self._end))
 
     # Everything below runs in the shipper's thread (and, for `_rescue`, in the closing one).
 
@@ -303,7 +310,7 @@ class Shipper(Generic[Item]):
         return items, seq
 
     def _backlog(self) -> bool:
-        return not self._registered or self._spooled or self._leftovers
+        return not self._registered or self._spooled or self._leftovers is not None
 
     def _seconds_left(self) -> float | None:
         return self._deadline - time.monotonic() if self._closing else None
@@ -450,22 +457,11 @@ class Shipper(Generic[Item]):
             self._acknowledged(drained.acknowledgement)
             # what cannot be read or removed here waits for the next process
             self._spooled = drained.left > 0 and not drained.stuck
-        elif self._leftovers and self._spool is not None and not self._closing:
-            self._send_leftovers(self._spool)
-
-    def _send_leftovers(self, spool: Spool) -> None:
-        own = self._registration.id
-        here = without_login(self._client.url)  # what was meant for another service is no business of this one
-        others = (f for f in spool.folders() if f.run != own and f.path not in self._hopeless)
-        found = next((f for f in others if f.meant_for() == here), None)
-        if found is None:
-            self._leftovers = False
-            return
-        drained = self._drain(found, None)
-        if drained.stuck:
-            self._hopeless.add(found.path)
-        elif not drained.left:
-            logger.info("sent what run %s had left in the spool: %d steps", found.run, drained.steps)
+        elif self._leftovers is not None and not self._closing:
+            if (folder := self._leftovers.next()) is None:
+                self._leftovers = None
+            else:
+                self._leftovers.note(folder, self._drain(folder, None))
 
     def _drain(self, folder: SpoolFolder, registration: RunCreate | None) -> Drained:
         until = min(time.monotonic() + _DRAIN_SLICE_SECONDS, self._deadline)
@@ -491,36 +487,15 @@ class Shipper(Generic[Item]):
         left = self._seconds_left()
         if not self._spooled and left is not None and left > 0:
             with self._request():
-                answer = self._client.update(self._registration, self._end, within_seconds=left)
+                answer = self._client.update(self._registration, self._last_word(self._end), within_seconds=left)
             if answer.outcome == "stored":
                 self._acknowledged(answer.acknowledgement)
                 return
             self._complaints.say("end", answer.detail)
         if self._folder is not None and not self._abandoned:
-            self._folder.put_end(self._registration, self._end)
+            self._folder.put_end(self._registration, self._last_word(self._end))
 
-
-class Complaints:
-    """Logs a repeated problem once, then once a minute with the count."""
-
-    INTERVAL_SECONDS: Final = 60.0
-
-    def __init__(self) -> None:
-        self._last: dict[str, float] = {}
-        self._count: dict[str, int] = {}
-
-    def say(self, subject: str, text: str, *, level: int = logging.WARNING) -> None:
-        now = time.monotonic()
-        self._count[subject] = self._count.get(subject, 0) + 1
-        if subject not in self._last:
-            logger.log(level, "%s", text)
-        elif now - self._last[subject] >= self.INTERVAL_SECONDS:
-            logger.log(level, "%s (%d times so far)", text, self._count[subject])
-        else:
-            return
-        self._last[subject] = now
-
-    def forget(self, subject: str) -> None:
-        """The problem is over: the next one is news again."""
-        self._last.pop(subject, None)
-        self._count.pop(subject, None)
+    def _last_word(self, end: RunUpdate) -> RunUpdate:
+        """With what was dropped here added to what its maker counts."""
+        dropped = (end.dropped_steps or 0) + self._dropped
+        return end.model_copy(update={"dropped_steps": dropped}) if dropped else end

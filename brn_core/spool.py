@@ -4,6 +4,7 @@ Layout, one folder a run and rank, complete in itself so that any process can se
 
     DIR/<run>/rank-<rank>/run.json                      the run's registration (wire.RunCreate)
                           url                           the service it was meant for
+                          lock                          held by the process that writes here, while it lives
                           <seq>-<steps>.arrow           one batch, the body as it would have been sent
                           end.json                      the run's last update (wire.RunUpdate), if it was not delivered
                           refused/<seq>-<steps>.arrow   the first batches that the service refused, for inspection
@@ -33,6 +34,9 @@ from pydantic import BaseModel, ValidationError
 
 from brn_core.atomic import replacing
 from brn_core.wire import RUN_ID_PATTERN, RunCreate, RunUpdate, WireError, decode_batch, encode_batch
+
+if sys.platform != "win32":
+    import fcntl
 
 DEFAULT_LIMIT_BYTES: Final = 256 * 1024 * 1024
 """Most bytes of batches that wait, for each run and rank."""
@@ -94,6 +98,7 @@ class SpoolFolder:
         self._used_bytes: int | None = None
         self.url: str | None = None  # of the service that the batches are meant for, where this process knows
         self._described = False
+        self._lock: int | None = None  # a file descriptor
         self._postponed: set[int] = set()
 
     def put(self, registration: RunCreate, seq: int, steps: int, body: bytes) -> int:
@@ -209,6 +214,34 @@ class SpoolFolder:
         except OSError:
             return None
 
+    def in_use(self) -> bool:
+        """Whether a process that lives writes here: it sends its batches itself, and counts what is refused of them."""
+        if sys.platform == "win32":
+            return False
+        try:
+            lock = os.open(self.path / "lock", os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        except OSError:  # another user's
+            return True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(lock)
+        return False
+
+    def release(self) -> None:
+        """Write here no longer: from now on other processes may send what waits."""
+        if self._lock is None:
+            return
+        if sys.platform != "win32":
+            with contextlib.suppress(OSError):  # said, not only closed: a process forked meanwhile has it open too
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+        os.close(self._lock)
+        self._lock = None
+
     def end(self) -> RunUpdate | None:
         """The run's undelivered last update, if there is one."""
         return _read(self.path / "end.json", RunUpdate)
@@ -223,7 +256,7 @@ class SpoolFolder:
         except OSError:
             return
         partial = [entry for entry in entries if entry.name.endswith(".partial")]
-        described_by = [entry for entry in entries if entry.name in ("run.json", "url")]
+        described_by = [entry for entry in entries if entry.name in ("run.json", "url", "lock")]
         if len(entries) - len(partial) > len(described_by) or not (
             described := _read(self.path / "run.json", RunCreate)
         ):
@@ -245,10 +278,20 @@ class SpoolFolder:
         """Have run.json say what this process knows of the run, not what an earlier one did."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not self._described or not (self.path / "run.json").exists():
+            self._claim()
             _write(self.path / "run.json", registration.model_dump_json().encode())
             if self.url is not None:
                 _write(self.path / "url", without_login(self.url).encode())
             self._described = True
+
+    def _claim(self) -> None:
+        """Hold the folder's lock; the kernel lets go of it when the process ends, however it ends."""
+        if sys.platform == "win32":
+            return
+        self.release()
+        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(self._lock, fcntl.LOCK_SH)  # shared: waits only for the instant that `in_use` takes
 
     def _make_room(self, needed: int) -> int:
         if self._used_bytes is not None and self._used_bytes + needed <= self._limit_bytes:

@@ -377,6 +377,9 @@ class RunCreate(_Record):
     tags: tuple[Tag, ...] = ()
     notes: Notes = ""
     failure: Failure = Field(default="", description="Why the run failed, and which rank; said at its end.")
+    dropped_steps: int = Field(
+        default=0, ge=0, description="Recorded steps of rank 0 that will never be stored; said at its end."
+    )
     layers: tuple[Layer, ...] = Field(default=(), max_length=65536)
 
 
@@ -388,6 +391,7 @@ class RunUpdate(_Record):
     notes: Notes | None = None
     status: RunStatus | None = None
     failure: Failure | None = None
+    dropped_steps: int | None = Field(default=None, ge=0)
 
 
 _END_OF_STREAM: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow IPC: continuation mark, length 0

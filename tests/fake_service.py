@@ -39,6 +39,7 @@ class FakeService:
         runs: the registration of each run, as JSON.
         statuses: the last status each run was given.
         failures: why runs failed, as they said last.
+        dropped: how many steps were dropped in the end, of those runs that said so.
         batches: the tables of each stored batch by (run, rank, seq).
         duplicates: how many batches came again.
         requests: (method, path, headers) of everything that arrived.
@@ -50,6 +51,7 @@ class FakeService:
         self.runs: dict[str, Any] = {}
         self.statuses: dict[str, str] = {}
         self.failures: dict[str, str] = {}
+        self.dropped: dict[str, int] = {}
         self.batches: dict[tuple[str, int, int], dict[str, Any]] = {}
         self.duplicates = 0
         self.connections = 0
@@ -104,6 +106,8 @@ class FakeService:
                 update = wire.RunUpdate.model_validate_json(body)
                 if update.status is not None:
                     self.statuses[parts[2]] = update.status
+                if update.dropped_steps is not None:
+                    self.dropped[parts[2]] = update.dropped_steps
                 if update.failure is not None:
                     self.failures[parts[2]] = update.failure
                 return 200, self.runs[parts[2]]

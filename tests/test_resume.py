@@ -160,8 +160,11 @@ def test_a_resumed_training_is_the_same_run_with_every_row_stored_once(
 def test_why_a_run_failed_is_told_until_it_goes_on(client: httpx.Client, run_id: str) -> None:
     record = {"id": run_id, "name": "a run", "world_size": 2}
     client.post("/v1/runs", json=record).raise_for_status()
-    client.patch(f"/v1/runs/{run_id}", json={"status": "failed", "failure": "rank 1 of 2 ended with SIGKILL"})
+    client.patch(
+        f"/v1/runs/{run_id}", json={"status": "failed", "failure": "rank 1 of 2 ended with SIGKILL", "dropped_steps": 3}
+    )
     failed = client.get(f"/v1/runs/{run_id}").json()
     assert (failed["state"], failed["failure"]) == ("failed", "rank 1 of 2 ended with SIGKILL")
+    assert failed["dropped_steps"] == 3
     client.post("/v1/runs", json=record).raise_for_status()
     assert client.get(f"/v1/runs/{run_id}").json()["failure"] == ""

@@ -84,7 +84,9 @@ class Checkpoints:
         if self.loaded is not None:
             restore_random_state(self.own["random"])
 
-    def save(self, step: int, run_id: str | None, common: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, run_id: str | None, common: Mapping[str, Any], own: Mapping[str, Any], *, put_off: bool = False
+    ) -> None:
         """Replace the checkpoint, on every rank together; returns when it is on rank 0's disk.
 
         Syncs the device.
@@ -94,14 +96,17 @@ class Checkpoints:
             run_id: id of the run in the service.
             common: states that are the same on every rank.
             own: states of this rank.
+            put_off: whether this rank cannot have one now; where any rank cannot, the one before stays.
         """
         ranks: list[Any] | None = [None] * self._rank.world_size if self._rank.is_first else None
-        mine = {**own, "random": random_state()}
+        mine: dict[str, Any] = {**own, "random": random_state(), "put_off": put_off}
         if self._rank.world_size > 1:
             dist.gather_object(mine, ranks, dst=0)
         else:
             ranks = [mine]
-        if self._rank.is_first:
+        if ranks is not None and any(states.pop("put_off") for states in list(ranks)):
+            logger.info("checkpoint at step %d is put off: rows of before the last kill are being repeated", step)
+        elif self._rank.is_first:
             content = {
                 "format": _FORMAT,
                 "step": step,

@@ -273,10 +273,13 @@ def _train(
 
         def save(step: int) -> None:
             assert checkpoints is not None
-            if recorder is not None and not recorder.flush():
+            settled = recorder is None or recorder.flush()
+            put_off = recorder is not None and step > first_step and recorder.repeating
+            if not settled and not put_off:
                 logger.warning("checkpoint at step %d: some rows before it are still on their way", step)
             own = {"sampler": batches.state_dict(), "recent": [tuple(map(Tensor.cpu, pair)) for pair in recent]}
-            checkpoints.save(step, None if recorder is None else recorder.run_id, learner.state_dict(), own)
+            run_id = None if recorder is None else recorder.run_id
+            checkpoints.save(step, run_id, learner.state_dict(), own, put_off=put_off)
 
         if checkpoints is not None and checkpoints.loaded is None:
             save(0)  # from here on the run has an id that survives

@@ -140,6 +140,21 @@ def test_closing_amid_a_repeated_batch_leaves_it_to_the_next_process(ship):
         assert stored(service) == list(range(9))
 
 
+def test_a_shipper_says_until_when_it_repeats_so_that_no_checkpoint_parts_a_batch(ship):
+    with FakeService() as service:
+        first = ship(service.url)
+        offer(first, range(8))
+        assert first.flush(60)
+        assert not first.repeating
+        second = ship(service.url)
+        offer(second, range(7))
+        assert not second.flush(60)
+        assert second.repeating
+        offer(second, range(7, 8))
+        assert second.flush(60)
+        assert not second.repeating
+
+
 def test_a_batch_that_was_parted_on_the_way_is_repeated_by_its_parts(ship):
     def small_proxy(method, path):
         return Fault(status=413) if path.endswith("/batches") and limited.pop() else None

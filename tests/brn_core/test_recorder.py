@@ -359,6 +359,48 @@ def test_a_step_reads_no_value_on_the_host_and_its_operations_do_not_grow_with_t
     assert len(many[1]) == len(few[1]) <= 12
 
 
+@pytest.mark.parametrize(
+    ("size", "memory_format", "most"),
+    [(8, torch.contiguous_format, 4), (8, torch.channels_last, 12), (2, torch.contiguous_format, 11)],
+    ids=["contiguous", "channels last", "few positions"],
+)
+def test_a_watched_batch_norm_layer_has_few_operations_more_in_its_forward(record, size, memory_format, most):
+    def operations(layers, watched):
+        model = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(layers)))
+        recorder = record(model, shadow_every=0) if watched else None
+        x = torch.randn(4, 3, size, size).contiguous(memory_format=memory_format)
+        with _Operations() as forward:
+            model(x)
+        if recorder is not None:
+            recorder.close(timeout_seconds=0.2)
+        return len(forward.names)
+
+    with_it, without = (operations(12, watched) - operations(2, watched) for watched in (True, False))
+    assert 10 <= with_it - without <= 10 * most
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchRenorm2d])
+def test_on_a_gpu_training_never_waits_for_the_device_and_every_step_arrives(record, service, norm):
+    model = _net(norm).cuda()
+    recorder = record(model, service.url, shadow_every=0, channels_every=10)
+    x, y = torch.randn(8, 1, 7, 7, device="cuda"), torch.randint(3, (8,), device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(100):
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            recorder.step(loss)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    recorder.close()
+    assert recorder.dropped_steps == 0
+    assert [row["step"] for row in service.rows("layers") if row["layer"] == 0] == list(range(100))
+    assert len([row for row in service.rows("scalars") if row["name"] == "loss"]) == 100
+
+
 def test_scalars_on_a_device_are_copied_together_and_read_on_the_host_later():
     # as it would be on a device: those on the CPU are read at once
     scalars = {"loss": torch.tensor(0.5), "accuracy": torch.tensor(0.25)}

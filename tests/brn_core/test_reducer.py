@@ -40,7 +40,7 @@ def reduce(shipper):
 def _frame(step, samples=4):
     vectors = [torch.ones(8) for _ in range(2)]
     taken = BatchNormMoments(torch.randn(samples, 8), torch.rand(samples, 8), *vectors)
-    return Frame(step, {0: taken}, Transfer([]), {"loss": float(step)}, False)
+    return Frame(step, {0: taken}, Transfer([]), {"loss": float(step)}, False, 2 * taken.mean_NC.nbytes)
 
 
 def test_what_waits_is_bounded_in_bytes_and_the_newest_is_dropped_and_counted(reduce, shipper, monkeypatch):

@@ -15,9 +15,10 @@ from fake_service import FakeService, Fault, eventually
 from brn_core import shipper as module
 from brn_core import wire
 from brn_core.client import Answer, Client, _retry_after_seconds
+from brn_core.complaints import Complaints
 from brn_core.drain import drain
 from brn_core.packer import StepRows, tables
-from brn_core.shipper import Complaints, Shipper
+from brn_core.shipper import Shipper
 from brn_core.spool import Spool
 from brn_core.wire import RunCreate, RunUpdate
 
@@ -414,6 +415,17 @@ def test_a_repeated_problem_is_logged_once_then_once_a_minute_with_its_count(cap
     assert [r.getMessage() for r in caplog.records] == ["full", "news", "full (51 times so far)", "full"]
 
 
+def test_what_is_dropped_up_to_the_very_end_is_said_with_the_end(ship):
+    with FakeService(lambda method, path: Fault(422) if path.endswith("/batches") else None) as service:
+        shipper = ship(service.url, flush_seconds=3600)
+        for step in range(3):
+            shipper.offer(_step(step))
+        shipper.close(end=RunUpdate(status="finished", dropped_steps=2))  # two were lost before they came here
+        assert service.dropped == {"run-1": 5}
+        ship(service.url, registration=RunCreate(id="run-2", name="b")).close(end=RunUpdate(status="finished"))
+        assert service.dropped == {"run-1": 5}, "a run without drops says nothing of them"
+
+
 # --- a service that is worse than absent ---------------------------------------------------------------------------
 
 
@@ -592,15 +604,24 @@ def test_a_service_that_said_when_to_come_back_is_not_asked_before_even_at_the_e
 # --- what is in the spool already -----------------------------------------------------------------------------------
 
 
+def _left(directory, run, url, body=b""):
+    """A folder of one batch, as a process that still writes there has it."""
+    folder = Spool(directory).folder(run, 0)
+    folder.url = url
+    folder.put(RunCreate(id=run, name=run), 1, 1, body)
+    return folder
+
+
 def test_leftovers_that_cannot_be_read_hold_up_neither_others_nor_this_run(ship, tmp_path, caplog):
     (Spool(tmp_path).folder("broken", 0).path / f"{1:020d}-1.arrow").mkdir(parents=True)  # a folder is no batch
-    broken = Spool(tmp_path).folder("broken-too", 0)
-    broken.put(RunCreate(id="broken-too", name="b"), 1, 1, b"")
-    (broken.path / f"{2:020d}-1.arrow").mkdir()
-    first = ship(f"http://127.0.0.1:{_free_port()}", registration=RunCreate(id="good", name="good"))
+    port = _free_port()
+    (Spool(tmp_path).folder("broken", 0).path / "url").write_text(f"http://127.0.0.1:{port}")
+    _left(tmp_path, "broken-too", f"http://127.0.0.1:{port}").release()
+    (Spool(tmp_path).folder("broken-too", 0).path / f"{2:020d}-1.arrow").mkdir()
+    first = ship(f"http://127.0.0.1:{port}", registration=RunCreate(id="good", name="good"))
     first.offer(_step(7))
     first.close(timeout_seconds=0.3)
-    with FakeService() as service:
+    with FakeService(port=port) as service:
         shipper = ship(service.url)
         shipper.offer(_step(0))
         eventually(lambda: set(service.steps()) == {0, 7})
@@ -708,7 +729,8 @@ def test_a_spooled_batch_that_is_too_large_for_a_proxy_is_parted_too(ship, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_meant_for_another_service_stays_where_it_is(ship, tmp_path):
+def test_what_was_meant_for_another_service_stays_where_it_is_and_the_log_says_so(ship, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "brn_core")
     first = ship(f"http://user:word@127.0.0.1:{_free_port()}")
     first.offer(_step(0))
     first.close(timeout_seconds=0.3)
@@ -720,3 +742,27 @@ def test_what_was_meant_for_another_service_stays_where_it_is(ship, tmp_path):
     folder = Spool(tmp_path).folder("run-1", 0)
     assert [parcel.steps for parcel in folder.parcels()] == [1]
     assert "word" not in folder.meant_for()
+    assert f"holds rows of run-1 (for {folder.meant_for()}); send them with brn-train --sync" in caplog.text
+
+
+def test_a_folder_that_a_living_process_writes_to_is_left_to_it(ship, tmp_path):
+    with FakeService() as service:
+        live = _left(tmp_path, "live", service.url, _encode([_step(5)]))
+        assert live.in_use()
+        second = ship(service.url, registration=RunCreate(id="run-2", name="next"))
+        eventually(lambda: second._leftovers is None)
+        assert service.steps() == []
+        live.release()
+        ship(service.url, registration=RunCreate(id="run-3", name="next"))
+        eventually(lambda: service.steps() == [5])
+
+
+def test_what_is_refused_of_an_earlier_run_is_counted_in_the_log_and_not_to_this_run(ship, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "brn_core")
+    with FakeService(lambda method, path: Fault(422) if "left" in path else None) as service:
+        _left(tmp_path, "left", service.url, _encode([_step(5)])).release()
+        shipper = ship(service.url)
+        eventually(lambda: shipper._leftovers is None)
+        assert shipper.dropped == 0
+    assert "set aside in" in caplog.text
+    assert "sent what run left had left in the spool: 0 steps, 1 more were refused" in caplog.text

@@ -1,5 +1,7 @@
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,7 +66,7 @@ def test_a_write_that_fails_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.replace", full)
     with pytest.raises(OSError, match="No space left"):
         folder.put(RUN, 2, 1, _body())
-    assert sorted(p.name for p in folder.path.iterdir()) == [f"{1:020d}-1.arrow", "run.json"]
+    assert sorted(p.name for p in folder.path.iterdir()) == [f"{1:020d}-1.arrow", "lock", "run.json"]
 
 
 def test_a_parcel_taken_by_another_process_is_no_error(tmp_path):
@@ -309,3 +311,38 @@ def test_brn_train_sends_what_a_spool_holds_and_trains_nothing(tmp_path, capsys)
     said = capsys.readouterr()
     assert "sent 3 batches (3 steps)" in said.out
     assert "is no directory" in said.err
+
+
+def test_a_folder_is_in_use_until_its_process_ends_however_it_ends(tmp_path):
+    program = (
+        "import sys; from brn_core.spool import Spool; from brn_core.wire import RunCreate\n"
+        "Spool(sys.argv[1]).folder('run', 0).put(RunCreate(id='run', name='r'), 1, 1, b'x')\n"
+        "print('written', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with process:
+        assert process.stdout.readline() == b"written\n"
+        (folder,) = Spool(tmp_path).folders()
+        assert folder.in_use()
+        assert folder.in_use(), "asking does not take it"
+        process.kill()
+    assert not folder.in_use()
+
+
+def test_a_forked_process_does_not_keep_a_folder_in_use(tmp_path):
+    folder = _fill(tmp_path, seqs=(1,))
+    end, hold = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(hold)
+        os.read(end, 1)
+        os._exit(0)
+    try:
+        assert folder.in_use()
+        folder.release()
+        assert not folder.in_use()
+    finally:
+        os.close(hold)
+        os.waitpid(child, 0)
+        os.close(end)

@@ -118,6 +118,20 @@ def test_a_resnet_trains_to_the_same_bits_and_every_layer_has_a_row_for_every_st
     assert recorder.dropped_steps == 0
 
 
+def test_a_synchronized_batch_norm_trains_to_the_same_bits_and_has_the_rows_of_this_ranks_samples(service, tmp_path):
+    """As far as a CPU goes: alone it needs no exchange, which torch has for accelerators only."""
+    unwatched, model = (nn.SyncBatchNorm.convert_sync_batchnorm(ResNet(nn.BatchNorm2d)) for _ in range(2))
+    recorder = _watch(model, service, tmp_path)
+    assert _train(model, recorder) == _train(unwatched)
+    recorder.close()
+    for value, other in zip(model.state_dict().values(), unwatched.state_dict().values(), strict=True):
+        assert torch.equal(value, other)
+    assert {layer["kind"] for layer in service.runs[recorder.run_id]["layers"]} == {"SyncBatchNorm"}
+    rows = service.rows("layers")
+    assert [(row["step"], row["layer"]) for row in rows] == [(s, i) for s in range(4) for i in range(len(LAYERS))]
+    assert {row["samples"] for row in rows} == {8}
+
+
 def test_of_two_backward_passes_a_step_the_last_one_is_recorded_with_the_statistics_that_it_found(service, tmp_path):
     model = nn.Sequential(nn.BatchNorm2d(3))
     recorder = _watch(model, service, tmp_path, channels_every=1)

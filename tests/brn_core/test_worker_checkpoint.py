@@ -13,7 +13,9 @@ import pytest
 import torch
 from fake_service import FakeService
 
+from brn_core.journal import Journal
 from brn_core.worker import checkpoint as module
+from brn_core.worker import train as train_module
 from brn_core.worker.checkpoint import random_state, restore_random_state
 from brn_core.worker.ranks import Rank
 from brn_core.worker.settings import UsageError, parse_settings
@@ -49,6 +51,31 @@ def test_a_checkpoint_is_not_overwritten_by_accident(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds a checkpoint at step 6 of run r: --resume goes on with it"):
         run(tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_checkpoint_amid_rows_that_are_repeated_is_put_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lr(step: int, *rest: float) -> float:
+        if step == 4:
+            raise KeyboardInterrupt
+        return real(step, *rest)  # type: ignore[arg-type]
+
+    caplog.set_level(logging.INFO, "brn_core")
+    real = train_module.cosine_lr
+    spool = str(tmp_path / "spool")
+    with FakeService() as service:
+        flags = ["--record-every", "1", "--url", service.url, "--run-id", "r", "--spool", spool, "--steps", "12"]
+        monkeypatch.setattr(train_module, "cosine_lr", lr)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, *flags)
+        monkeypatch.setattr(train_module, "cosine_lr", real)
+        Journal(tmp_path / "journal-0", "r", 0).begin(2**60, 4, 6)  # and killed, before it was sent
+        assert run(tmp_path, *flags, "--resume", "--checkpoint-every", "2").first_step == 4
+        assert service.steps() == list(range(12))
+        told = [r.getMessage() for r in caplog.records if "checkpoint at step" in r.getMessage()]
+        assert told == ["checkpoint at step 6 is put off: rows of before the last kill are being repeated"]
+        assert run(tmp_path, *flags, "--resume").first_step == 12
 
 
 def test_another_training_is_not_resumed(tmp_path: Path) -> None:
