@@ -114,11 +114,24 @@ class TestRunPage:
         assert page.status_code == 404
         assert "There is no page at /nowhere." in page.text
 
-    def test_pages_run_no_scripts_but_ours(self, client: httpx.Client) -> None:
-        policy = client.get("/").headers["content-security-policy"]
-        assert "default-src 'self'" in policy
-        assert "script-src" not in policy
-        assert not re.search(r"<script(?![^>]*src=)", client.get("/").text)
+    def test_pages_run_no_scripts_but_ours(self, client: httpx.Client, run_id: str) -> None:
+        made.write_run(client, run_id, layers=2)
+        for path in (
+            "/",
+            "/login",
+            f"/runs/{run_id}",
+            f"/runs/{run_id}/layers/1",
+            f"/compare?runs={run_id}",
+            "/nowhere",
+        ):
+            page = client.get(path, headers=BROWSER, follow_redirects=True)
+            policy = dict(
+                part.strip().partition(" ")[::2] for part in page.headers["content-security-policy"].split(";")
+            )
+            assert policy["default-src"] == "'self'", path
+            assert not policy.keys() & {"script-src", "script-src-elem", "script-src-attr"}
+            assert not re.search(r"<script(?![^>]*\bsrc=\"/)", page.text), path
+            assert not re.search(r"<[^>]*\son\w+\s*=", page.text), path
 
 
 class TestFigures:
