@@ -248,6 +248,11 @@ class TestLogin:
     def test_never_leads_to_another_site(self, target: str) -> None:
         assert login.local_path(target) == "/"
 
+    @pytest.mark.parametrize("target", ["/\t/evil.example", "/\n/evil.example", "/a\r\nSet-Cookie: b=c"])
+    def test_signs_that_browsers_drop_stay_part_of_the_path(self, locked: httpx.Client, target: str) -> None:
+        answer = locked.post("/login", params={"to": target}, data={"token": TOKEN})
+        assert answer.headers["location"].startswith(("/%", "/a%0D%0A"))
+
     def test_leads_back_to_a_page_of_ours(self) -> None:
         assert login.local_path("/runs/a?layer=1") == "/runs/a?layer=1"
 
