@@ -254,16 +254,20 @@ HIDDEN: Final = "(hidden)"
 # Names whose values are secret. A number stays under most of them: `tokens` may count, `pass` may be the third of five.
 _SECRET_ALWAYS: Final = re.compile(r"secret|credential|(?:^|_)(?:\w*passwords?|passwd|pwd|passphrases?)$")
 _SECRET_TEXT: Final = re.compile(
-    r"(?:api|access|private)_?key|_key$|(?:^|_)(?:\w*token|pass|auth|authorization|bearer|cookies?)$"
+    r"(?:api|access|private|encryption|signing|auth|license|ssh)_?key"
+    r"|(?:^|_)(?:\w*token|pass|auth|authorization|bearer|cookies?)$"
     r"|(?:^|(?:api|auth|access|refresh|bearer)_)tokens$"
 )
+# `sort_key` and `image_key` name what is looked up: under other keys only what looks like a key is hidden.
+_OTHER_KEY: Final = re.compile(r"_key$")
+_LIKE_A_KEY: Final = re.compile(r"\S{16,}")
 _SPECIAL_TOKEN: Final = re.compile(r"[<\[].*[>\]]")  # a tokenizer's "pad_token": "<pad>" is none
 # A password may hold a slash, but `host:80/path@2` has none. Lengths are bounded: any text takes linear time.
 _USER_IN_URL: Final = re.compile(r"(?<=://)(?:[^/@\s]{1,500}|[^/@:\s]{0,200}:(?!\d+/)[^@?#\s]{0,300})@")
 _ASSIGNMENT: Final = re.compile(r"(?<![\w.-])(-{0,2}[A-Za-z_][\w.-]{0,60}=|--?[A-Za-z_][\w.-]{0,60} +)([^\s&#\"',;]+)")
 _BEARER: Final = re.compile(r"(\bbearer +)[\w.~+/=-]{8,}", re.IGNORECASE)
 
-_Shown = Literal["all", "numbers", "nothing"]
+_Shown = Literal["all", "no keys", "numbers", "nothing"]
 
 
 def without_secrets(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -289,21 +293,35 @@ def _shown(name: str) -> _Shown:
     plain = re.sub(r"\W", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)).lower()
     if _SECRET_ALWAYS.search(plain):
         return "nothing"
-    return "numbers" if _SECRET_TEXT.search(plain) else "all"
+    if _SECRET_TEXT.search(plain):
+        return "numbers"
+    return "no keys" if _OTHER_KEY.search(plain) else "all"
 
 
 def _assignment_without_secret(found: re.Match[str]) -> str:
     name, value = found.groups()
-    if _shown(name.strip("-= ")) == "all" or _SPECIAL_TOKEN.fullmatch(value):
-        return found[0]
-    return f"{name}{HIDDEN}"
+    shown = _shown(name.strip("-= "))
+    return f"{name}{HIDDEN}" if _is_hidden(value, shown) else found[0]
+
+
+def _is_hidden(text: str, shown: _Shown) -> bool:
+    match shown:
+        case "all":
+            return False
+        case "no keys":
+            return _LIKE_A_KEY.fullmatch(text) is not None
+        case "numbers":
+            return not _SPECIAL_TOKEN.fullmatch(text)
+        case "nothing":
+            return True
 
 
 def _without_secrets(value: JsonValue, shown: _Shown) -> JsonValue:
     match value:
         case dict():
             return {
-                name: _without_secrets(one, _shown(name) if shown == "all" else shown) for name, one in value.items()
+                name: _without_secrets(one, _shown(name) if shown in ("all", "no keys") else shown)
+                for name, one in value.items()
             }
         case list():
             flags = [one if isinstance(one, str) and one.startswith("-") else "" for one in ["", *value]]
@@ -314,9 +332,9 @@ def _without_secrets(value: JsonValue, shown: _Shown) -> JsonValue:
             ]
         case None | bool() | "":
             return value
-        case str() if shown == "all":
+        case str() if shown in ("all", "no keys") and not _is_hidden(value, shown):
             return text_without_secrets(value)
-        case str() if shown == "numbers" and _SPECIAL_TOKEN.fullmatch(value):
+        case str() if not _is_hidden(value, shown):
             return value
         case int() | float() if shown != "nothing":
             return value

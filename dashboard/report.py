@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import plotly.graph_objects as go
 from markupsafe import Markup
@@ -19,7 +20,8 @@ from dashboard.login import plotly_source
 from dashboard.templating import STATIC, templates
 from dashboard.views import DEFAULT_STATISTIC, by_severity, compare_context, run_view
 from service import answers, windows
-from service.errors import CannotStart, ServiceError
+from service.checkup import answer_of_service
+from service.errors import CannotStart, ServiceError, StoreInUse
 from service.settings import Settings
 from service.store import Store
 
@@ -100,31 +102,43 @@ USAGE = "brn-serve --report RUN [RUN ...] -o FILE writes stored runs as one HTML
 def main(argv: Sequence[str], *, prog: str) -> int:
     """`brn-serve --report RUN [RUN ...] -o FILE`: writes the file from the store, without serving.
 
+    A service that has the store open is asked for it.
+
     Returns:
         Exit code: 0, or 1 with one line on stderr.
     """
     parser = argparse.ArgumentParser(prog=prog, description=USAGE)
     parser.add_argument("--report", nargs="+", metavar="RUN", required=True, help="id of a run; several are compared")
     parser.add_argument("-o", "--output", type=Path, help="the file (default: RUN.html, or comparison.html)")
-    parser.add_argument("--store", help=Settings.model_fields["store"].description)
+    own = ("store", "host", "port")
+    for name in own:
+        parser.add_argument(f"--{name}", help=Settings.model_fields[name].description)
     given = parser.parse_args(argv)
     runs: list[str] = given.report
     try:
         try:
-            settings = Settings(store=given.store) if given.store else Settings()
+            settings = Settings(**{name: value for name in own if (value := getattr(given, name)) is not None})
         except ValidationError as error:
             raise CannotStart(error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")) from error
-        store = Store(settings)
-        try:
-            html = run_report(store, runs[0]) if len(runs) == 1 else comparison_report(store, runs)
-        finally:
-            store.close()
+        html = _report(settings, runs)
         path: Path = given.output or Path(f"{runs[0]}.html" if len(runs) == 1 else "comparison.html")
         path.write_text(html, encoding="utf-8")
     except (CannotStart, ServiceError, OSError) as error:
         detail = error.detail if isinstance(error, ServiceError) else error
-        where = "; where a service runs on this store, ask it: GET /runs/RUN/report"
-        print(f"{prog}: {detail}{where if isinstance(error, CannotStart) else ''}", file=sys.stderr)
+        print(f"{prog}: {detail}", file=sys.stderr)
         return 1
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
+
+
+def _report(settings: Settings, runs: Sequence[str]) -> str:
+    try:
+        store = Store(settings)
+    except StoreInUse as error:
+        named = [quote(run, safe="") for run in runs]
+        path = f"/runs/{named[0]}/report" if len(runs) == 1 else f"/compare/report?runs={','.join(named)}"
+        return answer_of_service(settings, path, error).text
+    try:
+        return run_report(store, runs[0]) if len(runs) == 1 else comparison_report(store, runs)
+    finally:
+        store.close()

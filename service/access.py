@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Callable
+from ipaddress import ip_address
 from typing import Final, Literal
 
 from fastapi import Request
@@ -54,15 +55,20 @@ def require_token(request: Request) -> None:
     Raises:
         TooOften: its client asks more often than it may, with whatever token.
         Unauthorized: it carries none of ours.
-        Forbidden: it wants to write with the token that may only read, or another site's page sent it.
+        Forbidden: it wants to write with the token that may only read, or another site's page sent it, or may have.
     """
     require_pace(request)
     settings: Settings = request.app.state.settings
     writes = request.method not in _SAFE
-    # The cookie is SameSite=Strict already; this also covers a service without a token, which any page could write to.
+    # The cookie is SameSite=Lax already; this also covers a service without a token, which any page could write to.
     if writes and request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
         raise Forbidden("a page of another site may not write here")
     if settings.token is None:
+        # A page's own name may be made to lead to this machine: to the browser we then are that page's own site.
+        if not _is_name_of_this_machine(request.headers.get("host", "")):
+            raise Forbidden(
+                "without BRN_SERVICE_TOKEN the service answers to localhost, IP addresses and undotted names only"
+            )
         return
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
     right = right_of_token(settings, bearer.strip()) if scheme.lower() == "bearer" else None
@@ -71,6 +77,18 @@ def require_token(request: Request) -> None:
         raise Unauthorized("send the service's token as `Authorization: Bearer <BRN_SERVICE_TOKEN>`")
     if writes and right != "write":
         raise Forbidden("this token may only read (BRN_SERVICE_READ_TOKEN): writing takes BRN_SERVICE_TOKEN")
+
+
+def _is_name_of_this_machine(host: str) -> bool:
+    """Whether a Host header is no name that others could own: an address, a name without a dot, or below localhost."""
+    name = (host.partition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]).rstrip(".")
+    if "." not in name or name.lower().endswith(".localhost"):
+        return True
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _matching(settings: Settings, given: str, shown_as: Callable[[str], str]) -> Right | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
 import httpx
 from pydantic import ValidationError
@@ -100,18 +101,30 @@ def of_run(settings: Settings, run_id: str) -> Diagnosis:
 
 
 def _asked(settings: Settings, run_id: str, in_use: StoreInUse) -> Diagnosis:
-    """The answer of the service that has the store open, at the address that the settings name."""
+    path = f"/v1/runs/{quote(run_id, safe='')}/findings"
+    try:
+        return Diagnosis.model_validate_json(answer_of_service(settings, path, in_use).content)
+    except ValidationError as error:
+        raise CannotStart(f"{in_use}; what answers {path} is no such service") from error
+
+
+def answer_of_service(settings: Settings, path: str, in_use: StoreInUse) -> httpx.Response:
+    """The answer of the service that has the store open, at the address that the settings name.
+
+    Raises:
+        CannotStart: it refuses, or none answers; says why.
+    """
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{settings.port}/v1/runs/{run_id}/findings"
+    url = f"http://{host}:{settings.port}{path}"
     token = settings.read_token or settings.token
     headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token is not None else {}
     try:
         answer = httpx.get(url, headers=headers, timeout=_TIMEOUT_SECONDS)
         if answer.is_error:
             raise CannotStart(str(answer.json()["detail"]))
-        return Diagnosis.model_validate_json(answer.content)
-    except (httpx.HTTPError, ValidationError, ValueError, KeyError) as error:
+    except (httpx.HTTPError, ValueError, KeyError) as error:
         raise CannotStart(f"{in_use}; nor does a service answer at {url} ({error})") from error
+    return answer
 
 
 # -------- printing

@@ -35,7 +35,8 @@ class Webhook:
     """Posts what it is offered, in order, each until it is taken or `TRIES` times.
 
     Args:
-        url: takes JSON by POST; any answer below 400 is an acknowledgement, another below 500 a refusal for good.
+        url: takes JSON by POST; any answer below 300 is an acknowledgement, another below 500 a refusal for good
+            (no redirect is followed).
         first_wait_seconds: before the second try.
     """
 
@@ -77,7 +78,7 @@ class Webhook:
             except httpx.HTTPError as error:
                 said = type(error).__name__  # its text may hold the URL, and that a secret
             else:
-                if answer.status_code < 400:
+                if answer.status_code < 300:
                     return
                 said = f"status {answer.status_code}"
                 if answer.status_code < 500 and answer.status_code not in (408, 425, 429):

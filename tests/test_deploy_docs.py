@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from xml.etree import ElementTree
@@ -79,7 +80,9 @@ def test_a_compose_file_sets_nothing_but_settings_and_mounts_nothing_that_it_doe
     for part in ours.values():
         given = part["environment"]
         assert given.keys() <= settings_of(part["image"])
+        own = given.keys() & ANSWERED
         handed_on = {name for name, value in given.items() if value is None}
+        handed_on |= {name for name in given.keys() - own if str(given[name]).startswith(f"${{{name}:-")}
         assert handed_on == settings_of(part["image"]) - ANSWERED, "every other setting is handed on"
         assert (ROOT / part["build"]["dockerfile"]).is_file()
         assert part["read_only"]
@@ -148,6 +151,13 @@ def test_replicas_of_the_cluster_share_one_server_and_the_front_knows_them_all()
         assert settings.store_path is None
         assert "secret" not in settings.store_shown
         assert settings.store_shown == "clickhouse://clickhouse:8123/brn"
+    network = compose("docker-compose.cluster.yml")["networks"]["default"]["ipam"]["config"][0]
+    address = services["front"]["networks"]["default"]["ipv4_address"]
+    assert ip_address(address) in ip_network(network["subnet"])
+    assert ip_address(address) not in ip_network(network["ip_range"]), "no other container may get it"
+    for part in replicas.values():
+        trusted = part["environment"]["BRN_SERVICE_TRUSTED_PROXIES"]
+        assert trusted == f"${{BRN_SERVICE_TRUSTED_PROXIES:-{address}}}"
     front = (ROOT / "docker" / "cluster.nginx.conf").read_text(encoding="utf-8")
     servers = re.findall(r"^\s+server (\S+):8321 (resolve)?", front, flags=re.MULTILINE)
     assert {name for name, _ in servers} == replicas.keys()

@@ -209,7 +209,7 @@ def test_secrets_under_any_name_and_in_texts_are_hidden():
         "argv": ["train.py", "--token", s, "--lr", "0.1", f"--api-key={s}"],
         "command": f"train.py --token {s} --lr 0.1",
         "headers": [f"Bearer {s}"],
-    } | dict.fromkeys(("OPENAI_KEY", "wandb_key", "passwords", "auth", "bearer", "cookie", "db_pass", "hfToken"), s)
+    } | dict.fromkeys(("my_access_key", "ssh_key", "passwords", "auth", "bearer", "cookie", "db_pass", "hfToken"), s)
     kept = wire.without_secrets(given)
     assert s not in str(kept)
     assert "12345678" not in str(kept)
@@ -218,6 +218,19 @@ def test_secrets_under_any_name_and_in_texts_are_hidden():
     assert kept["argv"] == ["train.py", "--token", "(hidden)", "--lr", "0.1", "--api-key=(hidden)"]
     assert kept["command"] == "train.py --token (hidden) --lr 0.1"
     assert wire.without_secrets(kept) == kept
+
+
+def test_under_other_keys_only_a_text_as_long_as_a_secret_is_hidden():
+    kept = {"sort_key": "loss", "image_key": "image.png", "cache_key": "train split, resized to 224", "row_key": 7}
+    assert wire.without_secrets(kept) == kept
+    for name in ("OPENAI_KEY", "wandb_key", "wandbKey"):
+        assert wire.without_secrets({name: "a" * 15}) == {name: "a" * 15}
+        assert wire.without_secrets({name: ["a" * 16]}) == {name: [wire.HIDDEN]}
+    command = f"OPENAI_KEY={'a' * 16} train.py --sort-key loss"
+    assert wire.text_without_secrets(command) == "OPENAI_KEY=(hidden) train.py --sort-key loss"
+    assert wire.without_secrets({"sort_key": {"api_key": "a", "by": "loss"}}) == {
+        "sort_key": {"api_key": wire.HIDDEN, "by": "loss"}
+    }
 
 
 def test_settings_that_only_look_like_secrets_are_kept():

@@ -114,11 +114,24 @@ class TestRunPage:
         assert page.status_code == 404
         assert "There is no page at /nowhere." in page.text
 
-    def test_pages_run_no_scripts_but_ours(self, client: httpx.Client) -> None:
-        policy = client.get("/").headers["content-security-policy"]
-        assert "default-src 'self'" in policy
-        assert "script-src" not in policy
-        assert not re.search(r"<script(?![^>]*src=)", client.get("/").text)
+    def test_pages_run_no_scripts_but_ours(self, client: httpx.Client, run_id: str) -> None:
+        made.write_run(client, run_id, layers=2)
+        for path in (
+            "/",
+            "/login",
+            f"/runs/{run_id}",
+            f"/runs/{run_id}/layers/1",
+            f"/compare?runs={run_id}",
+            "/nowhere",
+        ):
+            page = client.get(path, headers=BROWSER, follow_redirects=True)
+            policy = dict(
+                part.strip().partition(" ")[::2] for part in page.headers["content-security-policy"].split(";")
+            )
+            assert policy["default-src"] == "'self'", path
+            assert not policy.keys() & {"script-src", "script-src-elem", "script-src-attr"}
+            assert not re.search(r"<script(?![^>]*\bsrc=\"/)", page.text), path
+            assert not re.search(r"<[^>]*\son\w+\s*=", page.text), path
 
 
 class TestFigures:
@@ -234,6 +247,11 @@ class TestLogin:
     )
     def test_never_leads_to_another_site(self, target: str) -> None:
         assert login.local_path(target) == "/"
+
+    @pytest.mark.parametrize("target", ["/\t/evil.example", "/\n/evil.example", "/a\r\nSet-Cookie: b=c"])
+    def test_signs_that_browsers_drop_stay_part_of_the_path(self, locked: httpx.Client, target: str) -> None:
+        answer = locked.post("/login", params={"to": target}, data={"token": TOKEN})
+        assert answer.headers["location"].startswith(("/%", "/a%0D%0A"))
 
     def test_leads_back_to_a_page_of_ours(self) -> None:
         assert login.local_path("/runs/a?layer=1") == "/runs/a?layer=1"

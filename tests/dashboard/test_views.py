@@ -13,12 +13,13 @@ import pytest
 import synthetic as made
 
 from brn_core import wire
-from dashboard import templating, views
+from dashboard import report, templating, views
 from dashboard.figures.probe import inputs_of_ranks
 from dashboard.figures.rank_spread import shown_ranks
 from dashboard.pages import rank_rows
 from service.diagnosis.finding import Diagnosis, Finding, Verdict
 from service.schemas import Comparison, Probe, RankHealth, Ranks, Run
+from service.settings import Settings
 
 
 def finding(
@@ -305,6 +306,34 @@ class TestReport:
         missing = subprocess.run([*command, "nobody"], check=False, capture_output=True, text=True, timeout=120)
         assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
         assert "there is no run 'nobody'" in missing.stderr
+
+    def test_is_asked_from_the_service_that_has_the_store_open(
+        self,
+        client: httpx.Client,
+        settings: Settings,
+        run_id: str,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        for run in (run_id, f"{run_id}-b"):
+            made.write_run(client, run)
+        own = ["--store", settings.store, "--host", "127.0.0.1", "--port", str(client.base_url.port)]
+
+        def written(*runs: str) -> str:
+            assert report.main(["--report", *runs, "-o", str(tmp_path / "it.html"), *own], prog="brn-serve") == 0
+            return (tmp_path / "it.html").read_text(encoding="utf-8")
+
+        assert f'<h1 data-part="name">{client.get(f"/v1/runs/{run_id}").json()["name"]}</h1>' in written(run_id)
+        assert "2 runs compared" in written(run_id, f"{run_id}-b")
+        (tmp_path / "it.html").unlink()
+        capsys.readouterr()
+        for unknown in ("nobody", "../../healthz"):
+            assert report.main(["--report", unknown, "-o", str(tmp_path / "it.html"), *own], prog="brn-serve") == 1
+            assert capsys.readouterr().err.count("\n") == 1
+        own[-1] = "1"
+        assert report.main(["--report", run_id, *own], prog="brn-serve") == 1
+        assert "nor does a service answer at http://127.0.0.1:1/" in capsys.readouterr().err
+        assert not (tmp_path / "it.html").exists()
 
 
 def test_a_figure_that_does_not_exist_is_not_found(client: httpx.Client, run_id: str) -> None:

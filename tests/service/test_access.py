@@ -74,6 +74,40 @@ def test_pages_of_other_sites_cannot_write(client: httpx.Client, run_id: str, si
     assert client.post("/v1/runs", json={"id": run_id, "name": "x"}, headers=headers).status_code == status
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("evil.example", 403),
+        ("evil.example:8321", 403),
+        ("evil.example.:8321", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("127.1", 403),
+        ("127.0.0.1:8321", 201),
+        ("192.0.2.7", 201),
+        ("[::1]:8321", 201),
+        ("localhost:8321", 201),
+        ("brn.localhost", 201),
+        ("service:8321", 201),
+    ],
+)
+def test_without_a_token_a_page_whose_name_leads_here_is_refused(
+    client: httpx.Client, run_id: str, host: str, status: int
+) -> None:
+    headers = {"host": host, "sec-fetch-site": "same-origin"}
+    answer = client.post("/v1/runs", json={"id": run_id, "name": "x"}, headers=headers)
+    assert answer.status_code == status
+    for address in ("/v1/runs", "/", "/metrics"):
+        assert client.get(address, headers=headers).status_code == (403 if status == 403 else 200), address
+    if status == 403:
+        assert "BRN_SERVICE_TOKEN" in answer.json()["detail"]
+
+
+def test_with_a_token_any_name_will_do(two_tokens: httpx.Client) -> None:
+    headers = {"host": "brn.example.com", "authorization": f"Bearer {READ}"}
+    assert two_tokens.get("/v1/runs", headers=headers).status_code == 200
+
+
 def test_every_answer_tells_browsers_to_take_it_for_nothing_else(client: httpx.Client) -> None:
     for address in ("/v1/runs", "/v1/runs/nobody", "/healthz", "/", "/nowhere"):
         headers = client.get(address).headers

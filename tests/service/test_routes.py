@@ -17,9 +17,11 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from synthetic import create, layer_rows, run_record, scalar_rows, send, write_run
 
 from brn_core import wire
+from dashboard import figure_routes, pages
 from service import answers
 from service.__main__ import _listening_socket, serve
 from service.access import COOKIE, cookie_value
@@ -277,14 +279,17 @@ def guarded(app: FastAPI, client: httpx.Client, settings: Settings) -> Iterator[
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer wrong", "Basic correct horse", "Bearer córrect horse"])
 def test_without_the_token_nothing_below_v1_answers(guarded: httpx.Client, header: str | None) -> None:
     headers = {} if header is None else {"authorization": header.encode()}
-    for method, path in (
-        ("GET", "/v1/runs"),
-        ("GET", "/v1/statistics"),
-        ("DELETE", "/v1/runs/x"),
-        ("POST", "/v1/runs"),
-    ):
-        answer = guarded.request(method, path, headers=headers)
-        assert answer.status_code == 401, path
+    document = guarded.get("/openapi.json").json()["paths"]
+    served = [(method.upper(), path) for path, methods in document.items() for method in methods]
+    served = [(method, path) for method, path in served if path not in ("/healthz", "/readyz")]
+    pages_of_runs = [*pages.router.routes, *figure_routes.router.routes]
+    served += [
+        (method, route.path) for route in pages_of_runs if isinstance(route, APIRoute) for method in route.methods
+    ]
+    assert len(served) > 30
+    for method, path in served:
+        answer = guarded.request(method, re.sub(r"\{\w+\}", "1", path), headers=headers)
+        assert answer.status_code == 401, (method, path)
         assert answer.headers["www-authenticate"] == "Bearer"
 
 

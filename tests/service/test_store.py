@@ -3,9 +3,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import pyarrow as pa
@@ -44,6 +46,22 @@ def test_parameters_are_values_and_never_sql(client: httpx.Client, store: Store,
     evil = "x' OR 1 = 1 --"
     assert store.record(evil) is None
     assert store.rows("SELECT {v:String} AS v", v=evil).to_pylist() == [{"v": evil}]
+
+    write_run(client, run_id)
+    before = client.get(f"/v1/runs/{run_id}").json()["rows"]
+    asked = 0
+    for path, routes in client.get("/openapi.json").json()["paths"].items():
+        if path.endswith("/events"):
+            continue
+        for parameter in routes.get("get", {}).get("parameters", []):
+            for text in (evil, "x') UNION ALL SELECT 1 --", "\\"):
+                where = {parameter["name"]: text} if parameter["in"] == "query" else {}
+                address = re.sub(r"\{\w+\}", lambda _, text=text, where=where: run_id if where else quote(text), path)
+                answer = client.get(address, params=where)
+                assert answer.status_code in (200, 404, 422), (path, parameter["name"], text)
+                asked += 1
+    assert asked > 60
+    assert client.get(f"/v1/runs/{run_id}").json()["rows"] == before > 0
 
 
 def test_readers_and_writers_do_not_disturb_each_other(client: httpx.Client, store: Store, run_id: str) -> None:
