@@ -154,5 +154,5 @@ def together(window: Window) -> Floats:
     seen_TL = np.isfinite(gap_TKL).all(1)
     equal_TL = (gap_TKL == gap_TKL[:, :1]).all(1)
     shared_L = (seen_TL & equal_TL).any(0) & ~(seen_TL & ~equal_TL).any(0)
-    shared_L |= np.array([layer.kind == "SyncBatchNorm" for layer in window.layers])
+    shared_L |= np.array([layer.kind == "SyncBatchNorm" for layer in window.layers], np.bool_)
     return np.where(shared_L, float(n_ranks), 1.0)
