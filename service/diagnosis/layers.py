@@ -34,7 +34,7 @@ _PART_TEXT: dict[Part, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """The gap (r - 1)² + d² of the first normalization layer, in parts that sum to 1.
+    """The gap (r - 1)² + d² of the first normalization layer that trains, in parts that sum to 1.
 
     The first layer, because behind a batch-normalized layer the batch means are pinned and the gap is understated.
 
@@ -66,7 +66,7 @@ class Shares:
 
 
 def shares(window: Window, rank_effect: float | None) -> Shares | None:
-    """The parts of the first layer's gap over the newest rows; None with too few rows.
+    """The parts of the gap of the first layer with rows (frozen ones have none), newest rows; None with too few.
 
     sampling = min(fast, V) for mean and scale, clustered = the excess of both, slow = the rest, which is called rank
     where the probe shows a persistent rank effect of at least `SKEW_WARNING`. Where F's interval reaches 1 the excess
@@ -75,10 +75,13 @@ def shares(window: Window, rank_effect: float | None) -> Shares | None:
     if not window.layers:
         return None
     columns = {name: column[-SHARE_ROWS:] for name, column in window.rows.columns.items()}
-    first = {name: columns[name][:, :, 0] for name in ("gap", "mean_diff2", "mean_noise", "scale_diff2", "scale_noise")}
-    seen_TK = np.logical_and.reduce([np.isfinite(column_TK) for column_TK in first.values()])
-    if seen_TK.any(1).sum() < MIN_STEPS:
+    parted = ("gap", "mean_diff2", "mean_noise", "scale_diff2", "scale_noise")
+    seen_TKL = np.logical_and.reduce([np.isfinite(columns[name]) for name in parted])
+    enough_L = seen_TKL.any(1).sum(0) >= MIN_STEPS
+    if not enough_L.any():
         return None
+    i = int(enough_L.argmax())
+    first, seen_TK = {name: columns[name][:, :, i] for name in parted}, seen_TKL[:, :, i]
     ratio = ratio_of_means(
         np.where(seen_TK, first["mean_diff2"], 0.0).sum(1),
         np.where(seen_TK, first["mean_noise"], 0.0).sum(1),
@@ -101,7 +104,7 @@ def shares(window: Window, rank_effect: float | None) -> Shares | None:
         "rank": slow / total if skewed else 0.0,
         "slow": 0.0 if skewed else slow / total,
     }
-    return Shares(window.layers[0].name, mean["gap"], parts, ratio, _worst(columns["gap"]))
+    return Shares(window.layers[i].name, mean["gap"], parts, ratio, _worst(columns["gap"]))
 
 
 def _worst(gap_TKL: Floats) -> float:

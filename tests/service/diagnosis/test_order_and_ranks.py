@@ -126,7 +126,7 @@ def heavy_ranks(seed: int, *, n: int = 8, df: float | None = 1.2) -> ProbeRows:
         lambda s: of_ranks(s, sizes=(64, 64, 64, 8)),
         lambda s: of_ranks(s, sizes=(32, 32, 32, 4)),
         lambda s: of_ranks(s, contrast=(1.0, 1.0, 1.0, 3.0)),
-        lambda s: heavy_ranks(s),
+        heavy_ranks,
         lambda s: heavy_ranks(s, n=2),
         lambda s: heavy_ranks(s, df=None),
     ],
