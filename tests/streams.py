@@ -232,7 +232,7 @@ def layer_rows(
 
     Args:
         rho: share of the variance that lies between samples (1: fully connected).
-        tails: of the samples, `normal`, `relu` or `t3`.
+        tails: of the samples, `normal`, `relu`, `sparse` (rectified, active in one of ten) or `t3`.
         outliers: share of samples ten times as large.
         drift: sigma a step by which every mean moves.
         growth: growth of the scale a step, relative.
@@ -244,6 +244,8 @@ def layer_rows(
     x = rng.normal(size=shape) if tails != "t3" else rng.standard_t(3, size=shape) / np.sqrt(3)
     if tails == "relu":
         x = (np.maximum(x, 0) - 0.399) / 0.584
+    if tails == "sparse":
+        x = (np.maximum(x - 1.3, 0) - 0.0456) / 0.175
     x = np.where(rng.random((steps, ranks, n, 1)) < outliers, 10 * x, x)
     y = np.sqrt(rho) * x + np.sqrt(clustered) * rng.normal(size=(steps, ranks, 1, channels))
     at_T = np.arange(steps)[:, None, None]
