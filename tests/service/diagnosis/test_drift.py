@@ -61,8 +61,10 @@ def test_noise_clustering_and_a_slow_network_are_no_lag(make_window: MakeWindow,
 
 @pytest.mark.parametrize(
     ("n", "tails", "momentum"),
-    [(2, "relu", 0.1), (2, "relu", 0.3), (3, "relu", 0.3), (4, "sparse", 0.1), (3, "sparse", 0.1), (2, "sparse", 0.1)]
-    + [(2, "sparse", 0.02), (8, "sparse", 0.3), (4, "sparse", 0.3)],
+    [
+        *((2, "relu", momentum) for momentum in (0.1, 0.3)),
+        *((n, "sparse", momentum) for n in (2, 3, 4, 8) for momentum in (0.02, 0.1, 0.3)),
+    ],
 )
 def test_a_sigma_that_few_rectified_samples_move_is_no_lag(
     make_window: MakeWindow, n: int, tails: str, momentum: float
