@@ -77,6 +77,17 @@ class Streams:
         order = np.concatenate([rng.permutation(size)[: per_epoch * n] for _ in range(steps // per_epoch + 1)])
         return world.project(data_SD[order[: steps * n]].reshape(steps, 1, n, INPUTS))
 
+    def again_augmented(
+        self, seed: int, *, batches: int, strength: float = 0.3, steps: int = 600, n: int = 32
+    ) -> ProbeRows:
+        """The same batches of random samples over and over in one order, each time with new noise on each sample."""
+        rng = np.random.default_rng(seed)
+        world = World.make(rng)
+        labels = rng.integers(LABELS, size=(batches, 1, n))
+        x = (world.centres_LD[labels] + rng.normal(size=(*labels.shape, INPUTS))) @ world.mixing_DD
+        x = x[np.arange(steps) % batches]
+        return world.project(x + strength * rng.normal(size=x.shape))
+
     def unlabelled_clusters(self, seed: int, *, steps: int = 600, n: int = 32) -> ProbeRows:
         """Two labels a batch, but labels do not show in the input: nothing to see, and nothing wrong."""
         rng = np.random.default_rng(seed)
