@@ -169,7 +169,7 @@ def clip(window: Window) -> Outcome:
     """NH-CLIP: do the limits, now final, still leave a part of the gap uncorrected?"""
     rows = window.rows
     renorm_L = np.array([layer.kind == "BatchRenorm" for layer in window.layers], np.bool_)
-    if not renorm_L.any():
+    if not renorm_L.any() or not len(rows.steps_T):
         return Outcome()
     names = ("samples", "clip_r", "clip_d", "residual", "gap", "r_max", "d_max")
     seen = looks(rows, {name: rows.columns[name] for name in names}, _limits_are_final(window))
