@@ -113,17 +113,23 @@ def lag(window: Window, explained: bool) -> Outcome:
 
 
 def _faster(window: Window, alpha: float) -> Remedy:
-    rate = window.config.get("lr")
     if alpha < 0.1:
         return Remedy(
             text="Let the statistics move faster, and keep limits of Batch Renorm closed until they have caught up.",
             code=f"for m in norm_layers: m.momentum = {min(10 * alpha, 0.1):.2g}",
         )
-    known = isinstance(rate, int | float) and not isinstance(rate, bool)
     return Remedy(
         text="The network moves faster than a few steps' statistics can follow: lower the learning rate or warm it up.",
-        code=f"lr = {rate / 3:.2g}" if known else "for g in optimizer.param_groups: g['lr'] /= 3",  # type: ignore[operator]
+        code=lower_rate(window),
     )
+
+
+def lower_rate(window: Window) -> str:
+    """A code line for a third of the learning rate, the run's own where its config says it."""
+    rate = window.config.get("lr")
+    if isinstance(rate, int | float) and not isinstance(rate, bool):
+        return f"lr = {rate / 3:.2g}"
+    return "for g in optimizer.param_groups: g['lr'] /= 3"
 
 
 def runaway(window: Window) -> Outcome:
@@ -202,12 +208,10 @@ def _jump(window: Window, rising: float | None) -> Outcome:
 
 
 def _slower(window: Window) -> Remedy:
-    rate = window.config.get("lr")
-    known = isinstance(rate, int | float) and not isinstance(rate, bool)
     return Remedy(
         text="Lower the learning rate or warm it up; normalize by the batch, not by moving averages, while the scale "
         "grows (limits of Batch Renorm closed).",
-        code=f"lr = {rate / 3:.2g}" if known else "for g in optimizer.param_groups: g['lr'] /= 3",  # type: ignore[operator]
+        code=lower_rate(window),
     )
 
 

@@ -21,8 +21,8 @@ from service.diagnosis.window import Bools, Floats, Ints, Window
 
 PASSES = 10
 _T_PASSES = 2.262  # Student's t, 97.5 %, PASSES - 1 degrees of freedom
-SURE = ((10, 4.30), (20, 3.58), (40, 3.31))
-"""Newest passes, and the t of their mean from which it is no accident: p = .001, one-sided, with one degree less."""
+SURE = ((10, 3.25), (20, 3.58), (40, 3.31))
+"""Newest passes, and the t of their mean from which it is no accident: p = .005 for ten, .001 for more."""
 SETTLING_TAUS = 25
 """Time constants of the moving statistics after which they are held to account."""
 HARM_LOSS_GAP = 0.2

@@ -93,7 +93,7 @@ def test_a_noisy_loss_whose_mean_is_the_same_in_inference_is_no_harm(
         assert isinstance(measured, Shadow)
         called += measured.harmful
 
-    assert called <= 2  # three tests at p = .001 each make .9 of 300
+    assert called <= 5  # p = .005 once and .001 twice make 2.1 of 300
 
 
 def test_harm_that_comes_in_a_part_of_the_batches_is_called_by_more_passes(make_window: MakeWindow) -> None:
