@@ -159,6 +159,8 @@ CLEAN = (
     Kind("300 samples, reshuffled epochs", probed(lambda s: STREAMS.without_replacement(s, n=16, size=300))),
     Kind("42 batches in a fixed random order", probed(lambda s: fixed_order(s, 42))),
     Kind("one batch, over and over", probed(lambda s: fixed_order(s, 1))),
+    Kind("10 batches in a fixed order, augmented anew", probed(lambda s: STREAMS.again_augmented(s, batches=10))),
+    Kind("42 batches in a fixed order, augmented anew", probed(lambda s: STREAMS.again_augmented(s, batches=42))),
     Kind("labels without signal, 2 a batch", probed(STREAMS.unlabelled_clusters)),
     Kind("2 ranks x 8, i.i.d.", probed(lambda s: STREAMS.iid(s, ranks=2, n=8))),
     Kind("4 ranks x 4, i.i.d.", probed(lambda s: STREAMS.iid(s, ranks=4, n=4))),

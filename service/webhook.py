@@ -26,7 +26,7 @@ QUEUE: Final = 1000
 
 TRIES: Final = 8
 FIRST_WAIT_SECONDS: Final = 1.0
-"""Before the second try; it doubles from try to try, so the last comes after two minutes."""
+"""Before the second try; it doubles from try to try, so the last comes after two minutes; none follows the last."""
 
 TIMEOUT_SECONDS: Final = 10.0
 
@@ -35,8 +35,8 @@ class Webhook:
     """Posts what it is offered, in order, each until it is taken or `TRIES` times.
 
     Args:
-        url: takes JSON by POST; any answer below 300 is an acknowledgement, another below 500 a refusal for good
-            (no redirect is followed).
+        url: takes JSON by POST; an answer of 200 to 299 is an acknowledgement, another below 500 a refusal for good
+            (a redirect too: it would carry the news to an address nobody set).
         first_wait_seconds: before the second try.
     """
 
@@ -72,20 +72,21 @@ class Webhook:
 
     def _deliver(self, client: httpx.Client, news: dict[str, object]) -> None:
         wait, said = self._first_wait_seconds, ""
-        for _ in range(TRIES):
+        for attempt in range(TRIES):
             try:
                 answer = client.post(self._url, json=news)
             except httpx.HTTPError as error:
                 said = type(error).__name__  # its text may hold the URL, and that a secret
             else:
-                if answer.status_code < 300:
+                if answer.is_success:
                     return
                 said = f"status {answer.status_code}"
                 if answer.status_code < 500 and answer.status_code not in (408, 425, 429):
                     break
-            if self._stopping.wait(wait):
-                return
-            wait *= 2
+            if attempt < TRIES - 1:
+                if self._stopping.wait(wait):
+                    return
+                wait *= 2
         log.warning("the webhook did not take news of run %s: %s", news["run"], said)
 
 

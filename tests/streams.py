@@ -77,6 +77,17 @@ class Streams:
         order = np.concatenate([rng.permutation(size)[: per_epoch * n] for _ in range(steps // per_epoch + 1)])
         return world.project(data_SD[order[: steps * n]].reshape(steps, 1, n, INPUTS))
 
+    def again_augmented(
+        self, seed: int, *, batches: int, strength: float = 0.3, steps: int = 600, n: int = 32
+    ) -> ProbeRows:
+        """The same batches of random samples over and over in one order, each time with new noise on each sample."""
+        rng = np.random.default_rng(seed)
+        world = World.make(rng)
+        labels = rng.integers(LABELS, size=(batches, 1, n))
+        x = (world.centres_LD[labels] + rng.normal(size=(*labels.shape, INPUTS))) @ world.mixing_DD
+        x = x[np.arange(steps) % batches]
+        return world.project(x + strength * rng.normal(size=x.shape))
+
     def unlabelled_clusters(self, seed: int, *, steps: int = 600, n: int = 32) -> ProbeRows:
         """Two labels a batch, but labels do not show in the input: nothing to see, and nothing wrong."""
         rng = np.random.default_rng(seed)
@@ -232,7 +243,7 @@ def layer_rows(
 
     Args:
         rho: share of the variance that lies between samples (1: fully connected).
-        tails: of the samples, `normal`, `relu` or `t3`.
+        tails: of the samples, `normal`, `relu`, `sparse` (rectified, active in one of ten) or `t3`.
         outliers: share of samples ten times as large.
         drift: sigma a step by which every mean moves.
         growth: growth of the scale a step, relative.
@@ -244,6 +255,8 @@ def layer_rows(
     x = rng.normal(size=shape) if tails != "t3" else rng.standard_t(3, size=shape) / np.sqrt(3)
     if tails == "relu":
         x = (np.maximum(x, 0) - 0.399) / 0.584
+    if tails == "sparse":
+        x = (np.maximum(x - 1.3, 0) - 0.0456) / 0.175
     x = np.where(rng.random((steps, ranks, n, 1)) < outliers, 10 * x, x)
     y = np.sqrt(rho) * x + np.sqrt(clustered) * rng.normal(size=(steps, ranks, 1, channels))
     at_T = np.arange(steps)[:, None, None]

@@ -6,6 +6,13 @@ E d² = v 2 / (2 - alpha), v the variance of mu_B / sigma that second difference
 has beyond that is the squared distance of the moving mean from where the network is: the lag energy, where neither
 order in the data nor skewed ranks explain it.
 
+That formula takes the moving sigma as given, and it is not: sigma_t contains sigma_B of t-1 and t-2, so a batch with a
+large mean of a rectified channel is divided by a sigma it raised itself, while mu_t, new, is not. Second differences
+are five sixths old means, so they fall short of the variance in d², the more the smaller the batch and the sparser the
+channel. s²_y / N of the batch itself is new as mu_t is, and for independent batches it has the same mean over the same
+sigma_t. NH-LAG takes the larger of the two for v: the second difference where batches are clustered, the noise where
+sigma fluctuates. What the second order leaves stays below a tenth of the noise, hence the limit in `lag`.
+
 Shape suffixes: T recorded steps, K ranks, L layers, J looks.
 """
 
@@ -23,6 +30,7 @@ from service.diagnosis.looks import (
     looks,
     of_layers,
     time_constant,
+    together,
     too_young,
     warm,
     worst_first,
@@ -59,16 +67,26 @@ def lag(window: Window, explained: bool) -> Outcome:
     """
     if (young := too_young(window, "NH-LAG")) is not None:
         return Outcome(abstained=(young,))
-    energy_TKL = slow_energy(window, window.rows)
-    seen = looks(window.rows, {"energy": energy_TKL}, warm(window))
-    held = lasting(seen.steps_J, seen.mean["energy"] > LAG_WARNING)
+    rows = window.rows
+    alpha_L = np.array([layer.momentum or 0.0 for layer in window.layers])
+    noise_TKL = rows.columns["mean_noise"] / together(window)
+    parts = {"energy": slow_energy(window, rows), "fast": rows.columns["mean_diff2"], "noise": noise_TKL}
+    seen = looks(rows, parts, warm(window))
+    short_JL = np.maximum(seen.mean["noise"] - seen.mean["fast"], 0.0) * 2 / (2 - alpha_L)
+    energy_JL = seen.mean["energy"] - short_JL
+    held = lasting(seen.steps_J, energy_JL > LAG_WARNING * np.maximum(1.0, seen.mean["noise"]))
     if held is None or explained:
         return Outcome()
-    energy_L = seen.mean["energy"][-1]
-    worst = worst_first(energy_L, held.layers_L)
+    energy_L = energy_JL[-1]
+    # Step by step the noise follows d² where sigma is small, so its own series makes the sharper interval.
+    own_TKL = rows.columns["d_squared"] - np.where(short_JL[-1] > 0, noise_TKL, parts["fast"]) * 2 / (2 - alpha_L)
+    low_L = _mean_and_low(own_TKL[-2 * LOOK_ROWS :])[1]
+    worst = [at for at in worst_first(energy_L, held.layers_L) if low_L[at] > 0]
+    if not worst:
+        return Outcome()
     i = worst[0]
     layer = window.layers[i]
-    bounds = interval(energy_TKL[-LOOK_ROWS:, :, i])
+    bounds = interval(own_TKL[-LOOK_ROWS:, :, i])
     tau = time_constant(layer)
     finding = Finding(
         code="NH-LAG",
@@ -83,9 +101,9 @@ def lag(window: Window, explained: bool) -> Outcome:
             value=float(energy_L[i]),
             low=bounds[0] if bounds else None,
             high=bounds[1] if bounds else None,
-            threshold=LAG_WARNING,
+            threshold=LAG_WARNING * max(1.0, float(seen.mean["noise"][-1, i])),
             steps_used=LOOK_ROWS,
-            query=query(window.run, "series", stat=("d_squared", "mean_diff2"), layer=layer.index),
+            query=query(window.run, "series", stat=("d_squared", "mean_diff2", "mean_noise"), layer=layer.index),
         ),
         remedy=_faster(window, 1 / tau),
         layers=tuple(window.layers[at].name for at in worst),
@@ -95,17 +113,23 @@ def lag(window: Window, explained: bool) -> Outcome:
 
 
 def _faster(window: Window, alpha: float) -> Remedy:
-    rate = window.config.get("lr")
     if alpha < 0.1:
         return Remedy(
             text="Let the statistics move faster, and keep limits of Batch Renorm closed until they have caught up.",
             code=f"for m in norm_layers: m.momentum = {min(10 * alpha, 0.1):.2g}",
         )
-    known = isinstance(rate, int | float) and not isinstance(rate, bool)
     return Remedy(
         text="The network moves faster than a few steps' statistics can follow: lower the learning rate or warm it up.",
-        code=f"lr = {rate / 3:.2g}" if known else "for g in optimizer.param_groups: g['lr'] /= 3",  # type: ignore[operator]
+        code=lower_rate(window),
     )
+
+
+def lower_rate(window: Window) -> str:
+    """A code line for a third of the learning rate, the run's own where its config says it."""
+    rate = window.config.get("lr")
+    if isinstance(rate, int | float) and not isinstance(rate, bool):
+        return f"lr = {rate / 3:.2g}"
+    return "for g in optimizer.param_groups: g['lr'] /= 3"
 
 
 def runaway(window: Window) -> Outcome:
@@ -184,12 +208,10 @@ def _jump(window: Window, rising: float | None) -> Outcome:
 
 
 def _slower(window: Window) -> Remedy:
-    rate = window.config.get("lr")
-    known = isinstance(rate, int | float) and not isinstance(rate, bool)
     return Remedy(
         text="Lower the learning rate or warm it up; normalize by the batch, not by moving averages, while the scale "
         "grows (limits of Batch Renorm closed).",
-        code=f"lr = {rate / 3:.2g}" if known else "for g in optimizer.param_groups: g['lr'] /= 3",  # type: ignore[operator]
+        code=lower_rate(window),
     )
 
 

@@ -15,14 +15,18 @@ from brn_core.wire import (
 )
 from service.diagnosis.finding import Evidence, Finding, Remedy
 from service.diagnosis.layers import Shares, shares
+from service.diagnosis.looks import time_constant
 from service.diagnosis.outcome import Abstention, Outcome, count, query
-from service.diagnosis.window import Floats, Ints, Window
+from service.diagnosis.window import Bools, Floats, Ints, Window
 
 PASSES = 10
 _T_PASSES = 2.262  # Student's t, 97.5 %, PASSES - 1 degrees of freedom
+SURE = ((10, 3.25), (20, 3.58), (40, 3.31))
+"""Newest passes, and the t of their mean from which it is no accident: p = .005 for ten, .001 for more."""
 SETTLING_TAUS = 25
 """Time constants of the moving statistics after which they are held to account."""
 HARM_LOSS_GAP = 0.2
+"""Loss gap that is harm: in nats where the loss is a classifier's, else at least that share of the training loss."""
 NOISE_DISAGREEMENT = 0.1
 NOISE_GAP = 0.05
 """Gap (in sigma²) of the worst layer above which disagreement may be normalization's doing; i.i.d. batches of 32 stay
@@ -36,14 +40,16 @@ class Shadow:
     Attributes:
         steps_P: steps of all passes after settling.
         loss_gap, loss_gap_half_width: mean of L_eval - L_train and half its 95 % interval.
+        limit: the loss gap from which it is harm.
         disagreement: mean share of samples whose prediction changes; None where it is not sent.
-        first_step: first step of the unbroken stretch, up to now, in which ten passes in a row had a harmful mean.
-        harmful: the newest ten have.
+        first_step: first step of the unbroken stretch, up to now, in which the passes so far were harmful.
+        harmful: the newest ten have a mean beyond the limit, and they or some more are surely above 0.
     """
 
     steps_P: Ints
     loss_gap: float
     loss_gap_half_width: float
+    limit: float
     disagreement: float | None
     first_step: int
     harmful: bool
@@ -51,8 +57,7 @@ class Shadow:
 
 def settling_steps(layers: tuple[Layer, ...]) -> int:
     """Steps until the moving statistics have forgotten their beginning: 25 time constants 1 / momentum."""
-    taus = [1 / layer.momentum for layer in layers if layer.momentum]
-    return math.ceil(SETTLING_TAUS * max(taus, default=100.0))
+    return math.ceil(SETTLING_TAUS * max((time_constant(layer) for layer in layers), default=100.0))
 
 
 def shadow(window: Window) -> Shadow | Abstention:
@@ -70,7 +75,7 @@ def shadow(window: Window) -> Shadow | Abstention:
     settled = settling_steps(window.layers)
     usable = np.isfinite(gap) & (steps >= settled)
     every = int(np.median(np.diff(steps))) if len(steps) > 1 else 50
-    steps_P, gap_P = steps[usable], gap[usable]
+    steps_P, gap_P, train_P = steps[usable], gap[usable], train.values_T[in_train][usable]
     if len(steps_P) < PASSES:
         begin = max(settled, window.last_step or 0)
         return Abstention(
@@ -79,18 +84,36 @@ def shadow(window: Window) -> Shadow | Abstention:
             f"({SETTLING_TAUS} time constants of the moving statistics) and needs {PASSES}",
             more_steps=max(1, begin - (window.last_step or 0) + (PASSES - len(steps_P)) * every),
         )
-    rolling = np.convolve(gap_P, np.full(PASSES, 1 / PASSES), mode="valid")
-    calm = np.flatnonzero(rolling <= HARM_LOSS_GAP)
-    since = int(calm[-1]) + 1 if len(calm) else 0
+    disagreement = _disagreement(window, settled)
+    # Without classes the loss has a unit of its own (a squared error of 100): only its own size says what is much.
+    unit = 1.0 if disagreement is not None else max(1.0, abs(float(train_P[-PASSES:].mean())))
+    limit = HARM_LOSS_GAP * unit
+    harmful_P = _harmful(gap_P, limit)
+    calm = np.flatnonzero(~harmful_P[PASSES - 1 :])
+    since = int(calm[-1]) + PASSES if len(calm) else PASSES - 1
     newest = gap_P[-PASSES:]
     return Shadow(
         steps_P=steps_P,
         loss_gap=float(newest.mean()),
         loss_gap_half_width=_T_PASSES * float(newest.std(ddof=1)) / math.sqrt(PASSES),
-        disagreement=_disagreement(window, settled),
-        first_step=int(steps_P[min(since + PASSES - 1, len(steps_P) - 1)]),
-        harmful=bool(rolling[-1] > HARM_LOSS_GAP),
+        limit=limit,
+        disagreement=disagreement,
+        first_step=int(steps_P[min(since, len(steps_P) - 1)]),
+        harmful=bool(harmful_P[-1]),
     )
+
+
+def _harmful(gap_P: Floats, limit: float) -> Bools:
+    """(P,) whether the ten passes up to each have a mean beyond the limit, and ten, 20 or 40 are surely above 0."""
+    sure_P = np.zeros(len(gap_P), np.bool_)
+    for width, least in SURE:
+        if len(gap_P) >= width:
+            passes_QW = np.lib.stride_tricks.sliding_window_view(gap_P, width)
+            error_Q = passes_QW.std(1, ddof=1) / math.sqrt(width)
+            sure_P[width - 1 :] |= passes_QW.mean(1) > least * error_Q
+    beyond_P = np.zeros(len(gap_P), np.bool_)
+    beyond_P[PASSES - 1 :] = np.convolve(gap_P, np.full(PASSES, 1 / PASSES), mode="valid") > limit
+    return sure_P & beyond_P
 
 
 def _disagreement(window: Window, settled: int) -> float | None:
@@ -149,7 +172,7 @@ def _gap_finding(window: Window, measured: Shadow, parts: Shares | None) -> Find
             value=measured.loss_gap,
             low=measured.loss_gap - measured.loss_gap_half_width,
             high=measured.loss_gap + measured.loss_gap_half_width,
-            threshold=HARM_LOSS_GAP if measured.harmful else None,
+            threshold=measured.limit if measured.harmful else None,
             steps_used=PASSES,
             query=query(window.run, "scalars", name=(SCALAR_SHADOW_TRAIN_LOSS, SCALAR_SHADOW_EVAL_LOSS)),
         ),

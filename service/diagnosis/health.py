@@ -16,15 +16,15 @@ from service.diagnosis.finding import Evidence, Finding, Remedy
 from service.diagnosis.looks import lasting, looks, of_layers, together, too_young, warm, worst_first
 from service.diagnosis.outcome import Outcome, names, query
 from service.diagnosis.ranks import SKEW_WARNING
+from service.diagnosis.stream import SILENT_ROWS
 from service.diagnosis.window import Floats, Ints, Window
 
 DEAD_ROWS = 0.95
 """Share of rows in which a layer must have dead channels."""
 DEAD_WARNING = 0.1
 """Share of a layer's channels from which dead ones are a warning."""
-SILENT_ROWS = 100
 SILENT_SECONDS = 30.0
-"""A rank is silent once it is behind by this many rows and, as far as step times are known, this many seconds."""
+"""A rank is silent once it is behind by `SILENT_ROWS` and, as far as step times are known, this many seconds."""
 LOST_SHARE = 0.05
 UNEVEN_SHARE = 0.1
 UNEVEN_TINY = 4
@@ -271,20 +271,26 @@ def uneven(window: Window) -> Outcome:
 
 
 def _uneven_ranks(window: Window, samples_TK: Floats, steps_T: Ints) -> Finding:
+    """Some ranks have fewer samples (warning), or all have now more and now fewer (info): the same share in the end."""
     median_K = np.median(samples_TK, axis=0)
     most = float(median_K.max())
     fewer = tuple(int(k) for k in np.flatnonzero(median_K < (1 - UNEVEN_SHARE) * most))
+    share = float(median_K.min() / most) if fewer else float(np.median(samples_TK.min(1) / samples_TK.max(1)))
+    told = (
+        f"{names(fewer).capitalize()} normalize {median_K.min():.0f} samples a step, others {most:.0f}"
+        if fewer
+        else f"In one step the smallest batch of a rank typically holds {share:.2g} times the samples of the largest"
+    )
     return Finding(
         code="NH-UNEVEN",
-        severity="warning",
-        summary=f"{names(fewer or (0,)).capitalize()} normalize {median_K.min():.0f} samples a step, others "
-        f"{most:.0f}: means of gradients and of statistics over ranks weigh their samples more.",
+        severity="warning" if fewer else "info",
+        summary=f"{told}: means of gradients and of statistics over ranks weigh the samples of small batches more.",
         evidence=Evidence(
             statistic="samples of the smallest rank over those of the largest",
-            value=float(median_K.min() / most),
+            value=share,
             threshold=1 - UNEVEN_SHARE,
             steps_used=len(steps_T),
-            query=query(window.run, "series", stat="samples", rank=(fewer or (0,))[0]),
+            query=query(window.run, "series", stat="samples", rank=fewer[0] if fewer else None),
         ),
         remedy=Remedy(
             text="Give every rank the same batch size.",

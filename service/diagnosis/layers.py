@@ -12,8 +12,10 @@ from typing import Literal
 
 import numpy as np
 
-from service.diagnosis.estimate import MIN_STEPS, Ratio, look_rows, ratio_of_means
+from service.diagnosis.estimate import LOOK_ROWS, MIN_STEPS, Ratio, ratio_of_means
 from service.diagnosis.finding import Evidence, Finding, Remedy
+from service.diagnosis.looks import lasting, looks, of_layers, together, worst_first
+from service.diagnosis.noise import RECTIFIED_KAPPA
 from service.diagnosis.outcome import Outcome, query
 from service.diagnosis.ranks import SKEW_WARNING
 from service.diagnosis.window import Bools, Floats, Window
@@ -21,7 +23,12 @@ from service.diagnosis.window import Bools, Floats, Window
 SHARE_ROWS = 400
 CLIP_EXCESS = 0.05
 RESIDUAL_SHARE = 0.02
-CLIP_ROWS = 50
+CLIP_BATCH = 8
+"""Samples below which the paper's limits are not held against a batch: no null rate fits all that is independent."""
+NORMAL_KAPPA = 2.0
+"""kappa of normal samples of a fully connected layer."""
+PAPER_R, PAPER_D = 2.999, 4.999
+"""The paper's final limits 3 and 5, less their rounding."""
 
 Part = Literal["sampling", "clustered", "rank", "slow"]
 _PART_TEXT: dict[Part, str] = {
@@ -34,7 +41,7 @@ _PART_TEXT: dict[Part, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """The gap (r - 1)² + d² of the first normalization layer, in parts that sum to 1.
+    """The gap (r - 1)² + d² of the first normalization layer that trains, in parts that sum to 1.
 
     The first layer, because behind a batch-normalized layer the batch means are pinned and the gap is understated.
 
@@ -66,7 +73,7 @@ class Shares:
 
 
 def shares(window: Window, rank_effect: float | None) -> Shares | None:
-    """The parts of the first layer's gap over the newest rows; None with too few rows.
+    """The parts of the gap of the first layer with rows (frozen ones have none), newest rows; None with too few.
 
     sampling = min(fast, V) for mean and scale, clustered = the excess of both, slow = the rest, which is called rank
     where the probe shows a persistent rank effect of at least `SKEW_WARNING`. Where F's interval reaches 1 the excess
@@ -75,10 +82,13 @@ def shares(window: Window, rank_effect: float | None) -> Shares | None:
     if not window.layers:
         return None
     columns = {name: column[-SHARE_ROWS:] for name, column in window.rows.columns.items()}
-    first = {name: columns[name][:, :, 0] for name in ("gap", "mean_diff2", "mean_noise", "scale_diff2", "scale_noise")}
-    seen_TK = np.logical_and.reduce([np.isfinite(column_TK) for column_TK in first.values()])
-    if seen_TK.any(1).sum() < MIN_STEPS:
+    parted = ("gap", "mean_diff2", "mean_noise", "scale_diff2", "scale_noise")
+    seen_TKL = np.logical_and.reduce([np.isfinite(columns[name]) for name in parted])
+    enough_L = seen_TKL.any(1).sum(0) >= MIN_STEPS
+    if not enough_L.any():
         return None
+    i = int(enough_L.argmax())
+    first, seen_TK = {name: columns[name][:, :, i] for name in parted}, seen_TKL[:, :, i]
     ratio = ratio_of_means(
         np.where(seen_TK, first["mean_diff2"], 0.0).sum(1),
         np.where(seen_TK, first["mean_noise"], 0.0).sum(1),
@@ -101,7 +111,7 @@ def shares(window: Window, rank_effect: float | None) -> Shares | None:
         "rank": slow / total if skewed else 0.0,
         "slow": 0.0 if skewed else slow / total,
     }
-    return Shares(window.layers[0].name, mean["gap"], parts, ratio, _worst(columns["gap"]))
+    return Shares(window.layers[i].name, mean["gap"], parts, ratio, _worst(columns["gap"]))
 
 
 def _worst(gap_TKL: Floats) -> float:
@@ -128,6 +138,17 @@ def null_clip_rate(samples: int, r_max: float, d_max: float) -> float:
     return 1 - (1 - low - high) * (1 - beyond_d)
 
 
+@lru_cache(maxsize=4096)
+def light_tailed_clip_rate(samples: int, r_max: float, d_max: float) -> float:
+    """The same for the heaviest of light tails, rectified normal samples, to within 1 % from N = 6 on.
+
+    Var d = rho / N has no kappa. Var r = kappa / 4N has: N samples with kappa = 4.41 fix sigma_B as well as 2 N / 4.41
+    normal ones.
+    """
+    by_r = null_clip_rate(max(2, round(samples * NORMAL_KAPPA / RECTIFIED_KAPPA)), r_max, math.inf)
+    return 1 - (1 - by_r) * (1 - null_clip_rate(samples, math.inf, d_max))
+
+
 def _chi_squared_cdf(x: float, degrees: int) -> float:
     # Regularized lower incomplete gamma function P(degrees / 2, x / 2) by its power series; all terms are positive.
     a, half = degrees / 2, x / 2
@@ -148,19 +169,54 @@ def clip(window: Window) -> Outcome:
     """NH-CLIP: do the limits, now final, still leave a part of the gap uncorrected?"""
     rows = window.rows
     renorm_L = np.array([layer.kind == "BatchRenorm" for layer in window.layers], np.bool_)
-    looks = [row for row in look_rows(rows.steps_T, CLIP_ROWS) if row + 1 >= CLIP_ROWS]
-    if not renorm_L.any() or not looks:
+    if not renorm_L.any() or not len(rows.steps_T):
         return Outcome()
-    final_TKL = _limits_are_final(window)
-    clipped = [_clipped(window, final_TKL, slice(row + 1 - CLIP_ROWS, row + 1)) for row in looks]
-    fired_JL = np.array([c.fired() & renorm_L for c in clipped])
-    lasting_JL = fired_JL[1:] & fired_JL[:-1]  # two looks in a row
-    if not len(lasting_JL) or not lasting_JL[-1].any():
+    names = ("samples", "clip_r", "clip_d", "residual", "gap", "r_max", "d_max")
+    seen = looks(rows, {name: rows.columns[name] for name in names}, _limits_are_final(window))
+    mean = seen.mean
+    samples_JL = mean["samples"] * together(window)
+    null_JL = np.reshape(
+        [
+            light_tailed_clip_rate(round(n), round(r_max, 6), round(d_max, 6)) if math.isfinite(n) else math.nan
+            for n, r_max, d_max in zip(samples_JL.flat, mean["r_max"].flat, mean["d_max"].flat, strict=True)
+        ],
+        samples_JL.shape,
+    )
+    rate_JL = np.maximum(mean["clip_r"], mean["clip_d"])
+    left_JL = np.divide(mean["residual"], mean["gap"], out=np.zeros_like(mean["gap"]), where=mean["gap"] > 0)
+    # A tiny batch of sparse samples clips at any limits, and wider ones are no remedy: that is NH-SMALL's to say.
+    judged_JL = (samples_JL >= CLIP_BATCH) | (mean["r_max"] < PAPER_R) | (mean["d_max"] < PAPER_D)
+    fired_JL = ((rate_JL > null_JL + CLIP_EXCESS) | (left_JL > RESIDUAL_SHARE)) & judged_JL & renorm_L
+    held = lasting(seen.steps_J, fired_JL)
+    if held is None:
         return Outcome()
-    # The unbroken stretch up to now began after the last look pair, of any layer, that was quiet.
-    quiet = np.flatnonzero(~lasting_JL.any(1))
-    first = int(rows.steps_T[looks[int(quiet[-1]) + 2 if len(quiet) else 1]])
-    return Outcome((_clip_finding(window, clipped[-1], lasting_JL[-1], (first, int(rows.steps_T[looks[-1]]))),))
+    excess_L = np.fmax((rate_JL[-1] - null_JL[-1]) / CLIP_EXCESS, left_JL[-1] / RESIDUAL_SHARE)
+    worst = worst_first(excess_L, held.layers_L)
+    i = worst[0]
+    layer = window.layers[i]
+    rate, null, left = float(rate_JL[-1, i]), float(null_JL[-1, i]), float(left_JL[-1, i])
+    r_max, d_max = float(mean["r_max"][-1, i]), float(mean["d_max"][-1, i])
+    by_residual = left > RESIDUAL_SHARE
+    finding = Finding(
+        code="NH-CLIP",
+        severity="warning",
+        summary=(
+            f"At its final limits r_max = {r_max:.3g}, d_max = {d_max:.3g} layer {layer.name} still clips {rate:.1%} "
+            f"of its channels (independent batches: {null:.1%}), which leaves {left:.1%} of the gap"
+            f"{of_layers(len(worst))}."
+        ),
+        evidence=Evidence(
+            statistic="residual / gap, share that clipping leaves" if by_residual else "share of channels clipped",
+            value=left if by_residual else rate,
+            threshold=RESIDUAL_SHARE if by_residual else null + CLIP_EXCESS,
+            steps_used=LOOK_ROWS,
+            query=query(window.run, "series", stat=("clip_r", "clip_d", "residual", "gap"), layer=layer.index),
+        ),
+        remedy=_clip_remedy(window, r_max, d_max),
+        layers=tuple(window.layers[at].name for at in worst),
+        steps=held.steps,
+    )
+    return Outcome((finding,))
 
 
 def _limits_are_final(window: Window) -> Bools:
@@ -175,68 +231,8 @@ def _limits_are_final(window: Window) -> Bools:
     return final_TKL
 
 
-@dataclass(frozen=True, slots=True)
-class _Clipped:
-    """Means over 50 rows at final limits, per layer: clip rate, its null, share of the gap left; the limits."""
-
-    rate_L: Floats
-    null_L: Floats
-    left_L: Floats
-    r_max_L: Floats
-    d_max_L: Floats
-
-    def fired(self) -> Bools:
-        return np.asarray((self.rate_L > self.null_L + CLIP_EXCESS) | (self.left_L > RESIDUAL_SHARE), np.bool_)
-
-
-def _clipped(window: Window, final_TKL: Bools, at: slice) -> _Clipped:
-    """Layers with fewer than `MIN_STEPS` steps at their final limits get NaN, which fires nothing."""
-    names = ("samples", "clip_r", "clip_d", "residual", "gap", "r_max", "d_max")
-    column = {name: window.rows.columns[name][at] for name in names}
-    seen_TKL = final_TKL[at] & np.isfinite(sum(column.values()))
-    enough_L = seen_TKL.any(1).sum(0) >= MIN_STEPS
-    n_L = np.where(enough_L, seen_TKL.sum((0, 1)), np.nan)
-    mean = {name: np.where(seen_TKL, values, 0.0).sum((0, 1)) / n_L for name, values in column.items()}
-    null_L = [
-        null_clip_rate(round(n), round(r_max, 6), round(d_max, 6)) if np.isfinite(n) else math.nan
-        for n, r_max, d_max in zip(mean["samples"], mean["r_max"], mean["d_max"], strict=True)
-    ]
-    left_L = np.divide(mean["residual"], mean["gap"], out=np.zeros_like(mean["gap"]), where=mean["gap"] > 0)
-    rate_L = np.maximum(mean["clip_r"], mean["clip_d"])
-    return _Clipped(rate_L, np.array(null_L), left_L, mean["r_max"], mean["d_max"])
-
-
-def _clip_finding(window: Window, now: _Clipped, lasting_L: Bools, steps: tuple[int, int]) -> Finding:
-    excess_L = np.fmax((now.rate_L - now.null_L) / CLIP_EXCESS, now.left_L / RESIDUAL_SHARE)
-    worst_first = [int(i) for i in np.argsort(-excess_L, kind="stable") if lasting_L[i]]
-    i = worst_first[0]
-    worst = window.layers[i]
-    rate, null, left = float(now.rate_L[i]), float(now.null_L[i]), float(now.left_L[i])
-    r_max, d_max = float(now.r_max_L[i]), float(now.d_max_L[i])
-    more = f" (worst of {len(worst_first)} layers)" if len(worst_first) > 1 else ""
-    by_residual = left > RESIDUAL_SHARE
-    return Finding(
-        code="NH-CLIP",
-        severity="warning",
-        summary=(
-            f"At its final limits r_max = {r_max:.3g}, d_max = {d_max:.3g} layer {worst.name} still clips {rate:.1%} "
-            f"of its channels (independent batches: {null:.1%}), which leaves {left:.1%} of the gap{more}."
-        ),
-        evidence=Evidence(
-            statistic="residual / gap, share that clipping leaves" if by_residual else "share of channels clipped",
-            value=left if by_residual else rate,
-            threshold=RESIDUAL_SHARE if by_residual else null + CLIP_EXCESS,
-            steps_used=CLIP_ROWS,
-            query=query(window.run, "series", stat=("clip_r", "clip_d", "residual", "gap"), layer=worst.index),
-        ),
-        remedy=_clip_remedy(window, r_max, d_max),
-        layers=tuple(window.layers[at].name for at in worst_first),
-        steps=steps,
-    )
-
-
 def _clip_remedy(window: Window, r_max: float, d_max: float) -> Remedy:
-    if r_max < 2.999 or d_max < 4.999:
+    if r_max < PAPER_R or d_max < PAPER_D:
         return Remedy(
             text="Open the limits further, to the paper's 3 and 5, once the moving statistics have settled.",
             code=(

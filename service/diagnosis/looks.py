@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from brn_core.wire import Layer
-from service.diagnosis.estimate import LOOK_ROWS, MIN_STEPS, look_rows
+from service.diagnosis.estimate import LOOK_ROWS, MIN_STEPS, look_rows, spacing
 from service.diagnosis.outcome import Abstention, count
 from service.diagnosis.window import Bools, Floats, Ints, LayerRows, Window
 
@@ -107,13 +107,12 @@ def too_young(window: Window, code: str) -> Abstention | None:
     usable = int((steps_T >= begin).sum())
     if usable >= 2 * LOOK_ROWS:
         return None
-    every = max(1, int(np.median(np.diff(steps_T)))) if len(steps_T) > 1 else 1
     last = int(steps_T[-1])
     return Abstention(
         code,
         f"{count(usable, 'recorded step')} came after step {begin} ({WARM_TAUS} time constants of the moving "
         f"statistics) and {2 * LOOK_ROWS} are needed",
-        more_steps=max(1, max(begin - last, 0) + (2 * LOOK_ROWS - usable) * every),
+        more_steps=max(1, max(begin - last, 0) + (2 * LOOK_ROWS - usable) * spacing(steps_T)),
     )
 
 
@@ -154,5 +153,5 @@ def together(window: Window) -> Floats:
     seen_TL = np.isfinite(gap_TKL).all(1)
     equal_TL = (gap_TKL == gap_TKL[:, :1]).all(1)
     shared_L = (seen_TL & equal_TL).any(0) & ~(seen_TL & ~equal_TL).any(0)
-    shared_L |= np.array([layer.kind == "SyncBatchNorm" for layer in window.layers])
+    shared_L |= np.array([layer.kind == "SyncBatchNorm" for layer in window.layers], np.bool_)
     return np.where(shared_L, float(n_ranks), 1.0)

@@ -90,9 +90,13 @@ def _complete(stream: Stream, begin: int, end: int) -> tuple[Ints, tuple[Floats,
 
 
 def copies(stream: Stream, begin: int, end: int) -> tuple[Floats, Ints] | None:
-    """Half the mean squared difference of each pair of ranks' means over its expectation for independent batches.
+    """Half the squared difference of each pair of ranks' means over its expectation for independent batches.
 
-    1 for ranks with data of their own, 0 for ranks that see the same batches. None with fewer than two full ranks.
+    1 for ranks with data of their own, 0 for ranks that see the same batches. The expectation is (s²_i / N_i +
+    s²_j / N_j) / 2 of that pair at that step, and the mean is over the steps' ratios: a pair of calm or large batches
+    is not held against the noise of other ranks, nor a quiet step against an outlier in another. A ratio of two
+    estimates has a mean of 1 or more, so what this costs can only hide a pair, not accuse one. None with fewer than
+    two full ranks.
 
     Returns:
         The ratios (K, K) of the full ranks, with infinity on the diagonal, and those ranks.
@@ -100,15 +104,18 @@ def copies(stream: Stream, begin: int, end: int) -> tuple[Floats, Ints] | None:
     ranks, (mean_WKF, noise_WKF, _) = _complete(stream, begin, end)
     if len(ranks) < 2 or len(mean_WKF) < 0.9 * LOOK_ROWS:
         return None
-    noise_F = np.einsum("tkf->f", noise_WKF) / (len(mean_WKF) * len(ranks))
-    features = int((noise_F > 0).sum())
-    if not features:
+    weight_F = inverse(np.einsum("wkf->f", noise_WKF))
+    z_WKF = (mean_WKF - mean_WKF.mean(1, keepdims=True)) * np.sqrt(weight_F)
+    products_WKK = z_WKF @ z_WKF.transpose(0, 2, 1)
+    square_WK = np.einsum("wkf,wkf->wk", z_WKF, z_WKF)
+    noise_WK = noise_WKF @ weight_F
+    apart_WKK = square_WK[:, :, None] + square_WK[:, None] - 2 * products_WKK
+    expected_WKK = noise_WK[:, :, None] + noise_WK[:, None]
+    known_WKK = expected_WKK > 0
+    if not known_WKK.any(0).all():
         return None
-    centred_WKF = (mean_WKF - mean_WKF.mean(1, keepdims=True)) * np.sqrt(inverse(noise_F))
-    z_KX = centred_WKF.transpose(1, 0, 2).reshape(len(ranks), -1)
-    products_KK = z_KX @ z_KX.T
-    square_K = np.diagonal(products_KK)
-    ratio_KK = (square_K[:, None] + square_K - 2 * products_KK) / (2 * len(mean_WKF) * features)
+    ratio_WKK = np.divide(apart_WKK, expected_WKK, out=np.zeros_like(apart_WKK), where=known_WKK)
+    ratio_KK = ratio_WKK.sum(0) / known_WKK.sum(0)
     np.fill_diagonal(ratio_KK, np.inf)
     return ratio_KK, ranks
 

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from service.diagnosis.estimate import MAX_GAP_SHARE, Ratio, ratio_of_means, spacing
+from service.diagnosis.estimate import MAX_GAP_SHARE, MIN_STEPS, Ratio, ratio_of_means, spacing
 from service.diagnosis.window import Bools, Floats, Ints, ProbeRows
 
 SILENT_ROWS = 100
 """Rows a rank may lag behind the newest before it counts as silent instead of late."""
 _CONSTANT = 1e-6  # relative to the largest feature's mean: below, a fluctuation is float32 rounding
 _HASH = 0x5851F42D4C957F2D  # Knuth's MMIX multiplier
+_AGAIN = 0.5  # of independent batches' squared distance: batches that come again with new augmentation are nearer
+_LEAST_PAIRS = 100  # of batches that should be alike, before a lag is a period: at 50 % by chance below 1e-4 each
 _SAME = 1e-3  # of a mean's sampling deviation: batches whose means differ by less are the same batch
 
 
@@ -54,7 +56,7 @@ class Stream:
         fast: (mean_t - mean_t-1)² / 2, 0 where unseen.
         pair_noise: (noise_t + noise_t-1) / 2, what i.i.d. batches would give on average; 0 where unseen.
         seen_TK: whether both rows of the difference are there.
-        before_T: the newest earlier row with the very same batches, -1 where they are new.
+        before_T: the newest earlier row with the very same samples, -1 where they are new.
         silent: ranks that have stopped (or never begun) sending the probe.
         spoiled_first: rank -> first step with non-finite probe values; such rows are left out.
         spoiled_rows: how many such rows.
@@ -134,7 +136,7 @@ def stream(probe: ProbeRows, world_size: int) -> Stream:
         fast=Pooled.of(np.where(keep_TKF, fast_TKF, 0.0)),
         pair_noise=Pooled.of(np.where(keep_TKF, pair_TKF, 0.0)),
         seen_TK=seen_TK,
-        before_T=_earlier(mean_TKF, noise_TKF),
+        before_T=np.maximum(_earlier(mean_TKF, noise_TKF), _period_ago(steps_T, mean_TKF, noise_TKF, good_TK)),
         silent=silent,
         spoiled_first={
             int(k): int(probe.steps_T[spoiled_TK[:, k].argmax()]) for k in np.flatnonzero(spoiled_TK.any(0))
@@ -150,14 +152,63 @@ def _earlier(mean_TKF: Floats, noise_TKF: Floats) -> Ints:
         return np.empty(0, np.int64)
     mean_TX = mean_TKF.reshape(rows, -1)
     scale_X = _SAME * np.sqrt(noise_TKF.reshape(rows, -1).mean(0))
-    weights_X = (2 * np.arange(mean_TX.shape[1]) + 1) * _HASH
     with np.errstate(over="ignore", invalid="ignore"):  # the hash wraps around
+        weights_X = np.full(mean_TX.shape[1], _HASH).cumprod()  # powers: with small multiples different means would tie
         code_T = (np.rint(mean_TX / np.where(scale_X > 0, scale_X, 1.0)).astype(np.int64) * weights_X).sum(1)
     order_T = np.argsort(code_T, kind="stable")
     before_T = np.full(rows, -1)
     same_T = code_T[order_T[1:]] == code_T[order_T[:-1]]
     before_T[order_T[1:][same_T]] = order_T[:-1][same_T]
     return before_T
+
+
+def _period_ago(steps_T: Ints, mean_TKF: Floats, noise_TKF: Floats, good_TK: Bools) -> Ints:
+    """For each row the one a period before, -1 without: batches of the same samples, each time augmented anew.
+
+    D(M) = mean |m_t - m_t+M|² / 2 over the sampling noise is 1 or more for independent batches, ordered, clustered or
+    skewed, and the same for all M where batches are stratified. Batches that come again after M rows differ only by
+    their augmentation, at M, 2 M, ...; pairs at all multiples count together. The sums over pairs at each lag are
+    correlations, so they cost a few Fourier transforms.
+    """
+    rows = len(steps_T)
+    none_T = np.full(rows, -1)
+    complete_T = good_TK.all(1)
+    if complete_T.sum() < _LEAST_PAIRS:
+        return none_T
+    step = spacing(steps_T)
+    at_T = (steps_T - steps_T[0]) // step  # missing rows keep their place
+    length = int(at_T[-1]) + 1
+    if length > 2 * rows:
+        return none_T
+    used_T = complete_T & np.append(True, np.diff(at_T) > 0)
+    z_TKF = (mean_TKF - mean_TKF[complete_T].mean(0)) * np.sqrt(inverse(noise_TKF[complete_T].mean(0)))
+    z_UF = np.zeros((length, mean_TKF.shape[2]))
+    z_UF[at_T[used_T]] = z_TKF[used_T].sum(1)  # ranks that repeat do so together
+    mask_U = np.zeros(length)
+    mask_U[at_T[used_T]] = 1.0
+
+    size = 1 << (2 * length - 1).bit_length()
+    mask_W, z_WF = np.fft.rfft(mask_U, size), np.fft.rfft(z_UF, size, axis=0)
+    square_W = np.fft.rfft((z_UF**2).sum(1), size)
+    pairs_M = np.rint(np.fft.irfft((mask_W * mask_W.conj()), size)[:length])
+    both_W = 2 * (square_W * mask_W.conj()).real - 2 * (z_WF * z_WF.conj()).real.sum(1)
+    apart_M = np.fft.irfft(both_W, size)[:length] / 2
+    noise = mean_TKF.shape[1] * int((noise_TKF[complete_T].mean((0, 1)) > 0).sum())
+    distance_M = np.divide(apart_M, pairs_M * noise, out=np.full(length, np.nan), where=pairs_M * noise > 0)
+    lags = np.flatnonzero(pairs_M >= MIN_STEPS)[1:]
+    if not len(lags):
+        return none_T
+    near = _AGAIN * min(1.0, float(np.quantile(distance_M[lags], 0.75)))
+    for period in lags[(lags > 1) & (distance_M[lags] < near)].tolist():
+        multiples = slice(period, length, period)
+        pairs = float(pairs_M[multiples].sum())
+        if pairs >= _LEAST_PAIRS and float(apart_M[multiples].sum()) < near * pairs * noise:
+            row_U = np.full(length, -1)
+            row_U[at_T[used_T]] = np.flatnonzero(used_T)
+            before_T = none_T.copy()
+            before_T[at_T >= period] = row_U[at_T[at_T >= period] - period]
+            return before_T
+    return none_T
 
 
 def cluster_ratio(stream: Stream, begin: int, end: int, *, max_gap_share: float = MAX_GAP_SHARE) -> Ratio | None:

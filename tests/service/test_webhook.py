@@ -86,12 +86,24 @@ def test_what_is_refused_for_good_is_given_up(caplog: pytest.LogCaptureFixture) 
     assert "did not take news of run first: status 404" in caplog.text
 
 
-def test_a_redirect_is_not_followed_and_is_no_acknowledgement(caplog: pytest.LogCaptureFixture) -> None:
-    with receiving(301) as receiver, started(receiver.url) as hook, caplog.at_level(logging.WARNING):
-        for number in range(2):
-            hook.offer({"run": "r", "number": number})
+def test_a_redirect_is_no_delivery_and_is_not_followed(caplog: pytest.LogCaptureFixture) -> None:
+    with receiving(302, 200) as receiver, started(receiver.url) as hook:
+        hook.offer({"run": "first"})
+        hook.offer({"run": "second"})
         wait_for(lambda: len(receiver.got) == 2)
-    assert "did not take news of run r: status 301" in caplog.text
+
+    assert "did not take news of run first: status 302" in caplog.text
+
+
+def test_nothing_is_waited_for_after_the_last_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhook, "TRIES", 1)
+    with receiving(503) as receiver:
+        hook = Webhook(receiver.url, first_wait_seconds=3600)
+        hook.start()
+        hook.offer({"run": "first"})
+        hook.offer({"run": "second"})
+        wait_for(lambda: len(receiver.got) == 2)  # an hour would pass between them
+        hook.stop()
 
 
 def test_without_an_answer_it_gives_up_after_some_tries_and_says_nothing_of_the_url(

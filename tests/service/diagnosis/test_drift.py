@@ -59,6 +59,28 @@ def test_noise_clustering_and_a_slow_network_are_no_lag(make_window: MakeWindow,
         assert named(diagnose(one_layer(make_window, layer_rows(seed, **settings))), "NH-LAG") is None
 
 
+@pytest.mark.parametrize(
+    ("n", "tails", "momentum"),
+    [
+        *((2, "relu", momentum) for momentum in (0.1, 0.3)),
+        *((n, "sparse", momentum) for n in (2, 3, 4, 8) for momentum in (0.02, 0.1, 0.3)),
+    ],
+)
+def test_a_sigma_that_few_rectified_samples_move_is_no_lag(
+    make_window: MakeWindow, n: int, tails: str, momentum: float
+) -> None:
+    for seed in range(8):
+        rows = layer_rows(seed, n=n, tails=tails, momentum=momentum, steps=600)
+        assert named(diagnose(one_layer(make_window, rows, momentum=momentum)), "NH-LAG") is None
+
+
+@pytest.mark.parametrize("n", [4, 8, 32])
+def test_rectified_batches_do_not_hide_a_mean_that_trails(make_window: MakeWindow, n: int) -> None:
+    for seed in range(5):
+        rows = layer_rows(seed, n=n, tails="relu", momentum=0.1, drift=0.08, steps=600)
+        assert named(diagnose(one_layer(make_window, rows)), "NH-LAG") is not None
+
+
 def test_ordered_data_explains_its_own_distance(make_window: MakeWindow, streams: Streams) -> None:
     rows = layer_rows(0, momentum=0.02, drift=0.014, steps=600)
     window = one_layer(make_window, rows, momentum=0.02, probe=streams.sorted_labels(0))

@@ -67,6 +67,69 @@ def test_a_loss_gap_above_a_fifth_is_critical_and_carries_its_interval(make_wind
     assert evidence.query == ("/v1/runs/run-1/scalars?name=brn/shadow_train_loss&name=brn/shadow_eval_loss")
 
 
+def losses(train: Any, gap: Any, *, disagreement: float | None = None) -> dict[str, Any]:
+    steps = np.arange(len(train)) * 50
+    rows: dict[str, Any] = {
+        SCALAR_SHADOW_TRAIN_LOSS: (steps, train),
+        SCALAR_SHADOW_EVAL_LOSS: (steps, train + gap),
+    }
+    if disagreement is not None:
+        rows[SCALAR_SHADOW_DISAGREEMENT] = (steps, np.full(len(train), disagreement))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("size", "spread", "disagreement"), [(100.0, 3.0, None), (10.0, 1.0, None), (2.0, 0.5, 0.05), (0.5, 1.0, 0.05)]
+)
+def test_a_noisy_loss_whose_mean_is_the_same_in_inference_is_no_harm(
+    make_window: MakeWindow, size: float, spread: float, disagreement: float | None
+) -> None:
+    called = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        train = size * (1 + 0.1 * rng.normal(size=40))
+        window = make_window(scalars=losses(train, spread * rng.normal(size=40), disagreement=disagreement))
+        measured = shadow(window)
+        assert isinstance(measured, Shadow)
+        called += measured.harmful
+
+    assert called <= 5  # p = .005 once and .001 twice make 2.1 of 300
+
+
+def test_harm_that_comes_in_a_part_of_the_batches_is_called_by_more_passes(make_window: MakeWindow) -> None:
+    called = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        gap = rng.gamma(1, 1.4, size=40)  # as large a spread as mean: contrast drawn once a batch
+        measured = shadow(make_window(scalars=losses(1 + 0.05 * rng.normal(size=40), gap, disagreement=0.4)))
+        assert isinstance(measured, Shadow)
+        called += measured.harmful
+
+    assert called >= 99
+
+
+def test_without_classes_harm_is_measured_by_the_size_of_the_loss(make_window: MakeWindow) -> None:
+    rng = np.random.default_rng(0)
+    train = 100 * (1 + 0.1 * rng.normal(size=40))
+    tenth = gap_finding(diagnose(make_window(scalars=losses(train, 10 + rng.normal(size=40)))))
+    half = gap_finding(diagnose(make_window(scalars=losses(train, 50 + rng.normal(size=40)))))
+
+    assert tenth is None
+    assert half is not None
+    assert half.evidence is not None
+    assert half.evidence.threshold == pytest.approx(20, rel=0.1)
+
+
+def test_a_frozen_first_layer_leaves_the_gap_to_the_first_that_trains(make_window: MakeWindow) -> None:
+    columns = gap_columns(sampling=0.12)
+    for column in columns.values():
+        column[:, :, 0] = np.nan
+    finding = gap_finding(diagnose(make_window(scalars=passes(-0.25, disagreement=0.16), columns=columns)))
+
+    assert finding is not None
+    assert finding.layers == ("bn2",)
+
+
 def test_inference_that_agrees_is_healthy(make_window: MakeWindow) -> None:
     diagnosis = diagnose(make_window(scalars=passes(-0.02, disagreement=0.06), status="finished"))
 

@@ -169,3 +169,19 @@ def test_stratified_batches_are_a_note(streams: Streams, make_window: MakeWindow
         assert finding is not None
         assert finding.severity == "info"
         assert named(diagnose(make_window(probe=streams.iid(seed))), "NH-STRATIFIED") is None
+
+
+def test_ranks_whose_batches_are_now_larger_and_now_smaller_are_noted_and_none_is_accused(
+    make_window: MakeWindow, streams: Streams
+) -> None:
+    probe = streams.iid(0, ranks=2, n=16)
+    sizes = np.random.default_rng(0).integers(10, 32, size=probe.samples_TK.shape)
+    window = make_window(probe=replace(probe, samples_TK=sizes.astype(float)))
+    finding = next(f for f in diagnose(window).findings if f.code == "NH-UNEVEN")
+
+    assert finding.severity == "info"
+    assert finding.ranks == ()
+    assert finding.evidence is not None
+    assert finding.evidence.threshold is not None
+    assert finding.evidence.value < finding.evidence.threshold
+    assert "the smallest batch of a rank" in finding.summary

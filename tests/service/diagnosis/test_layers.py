@@ -11,7 +11,7 @@ from scipy import stats
 
 from brn_core.wire import Schedule
 from service.diagnosis.finding import Finding
-from service.diagnosis.layers import null_clip_rate
+from service.diagnosis.layers import light_tailed_clip_rate, null_clip_rate
 from service.diagnosis.rules import diagnose
 from service.diagnosis.window import Window
 
@@ -55,6 +55,17 @@ def test_the_null_clip_rate_is_that_of_simulated_normal_batches(n: int, r_max: f
     clipped = (r > r_max) | (r < 1 / r_max) | (np.abs(d) > d_max)
 
     assert null_clip_rate(n, r_max, d_max) == pytest.approx(clipped.mean(), abs=0.004)
+
+
+@pytest.mark.parametrize(("n", "within"), [(6, 0.01), (8, 0.01), (16, 0.003), (32, 0.001)])
+def test_the_null_clip_rate_covers_rectified_batches(n: int, within: float) -> None:
+    x = np.maximum(np.random.default_rng(n).normal(size=(200_000, n)), 0)
+    sigma_b = x.std(1)
+    sigma = sigma_b.mean()
+    r, d = sigma_b / sigma, (x.mean(1) - x.mean()) / sigma
+    clipped = (r > 3) | (r < 1 / 3) | (np.abs(d) > 5)
+
+    assert light_tailed_clip_rate(n, 3.0, 5.0) == pytest.approx(clipped.mean(), abs=within)
 
 
 def test_the_chi_squared_cdf_is_scipys() -> None:
@@ -130,3 +141,40 @@ def test_missing_rows_and_ranks_do_not_hide_a_fault(make_window: MakeWindow) -> 
         column[200:, 1] = np.nan
 
     assert clip_finding(renorm(make_window, given)) is not None
+
+
+def rectified(seed: int, n: int, *, r_max: float = 3.0, d_max: float = 5.0) -> dict[str, Any]:
+    """One fully connected rectified layer, its r and d clipped channel by channel."""
+    rng = np.random.default_rng(seed)
+    x = np.maximum(rng.normal(size=(400, n, 16)), 0)
+    mu_b, sigma_b = x.mean(1), np.sqrt(x.var(1) + 1e-5)
+    mu, sigma = np.empty_like(mu_b), np.empty_like(mu_b)
+    mu[0], sigma[0] = mu_b.mean(0), sigma_b.mean(0)
+    for t in range(1, 400):
+        mu[t] = mu[t - 1] + 0.1 * (mu_b[t - 1] - mu[t - 1])
+        sigma[t] = sigma[t - 1] + 0.1 * (sigma_b[t - 1] - sigma[t - 1])
+    r, d = sigma_b / sigma, (mu_b - mu) / sigma
+    r_left, d_left = r - np.clip(r, 1 / r_max, r_max), d - np.clip(d, -d_max, d_max)
+    given = {"clip_r": r_left != 0, "clip_d": d_left != 0, "gap": (r - 1) ** 2 + d**2}
+    given |= {"residual": r_left**2 + d_left**2, "samples": np.full_like(r, n)}
+    given |= {"r_max": np.full_like(r, r_max), "d_max": np.full_like(r, d_max)}
+    return {name: values.mean(1)[:, None, None] for name, values in given.items()}
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6, 8, 16, 32])
+def test_independent_rectified_batches_of_any_size_are_no_finding_at_the_papers_limits(
+    make_window: MakeWindow, n: int
+) -> None:
+    for seed in range(8):
+        assert clip_finding(renorm(make_window, rectified(seed, n), kinds=("BatchRenorm",))) is None
+
+
+@pytest.mark.parametrize("n", [3, 4, 8, 32])
+def test_narrow_limits_are_named_at_any_batch_size(make_window: MakeWindow, n: int) -> None:
+    narrow = Schedule(bn_steps=100, r_steps=400, d_steps=300, r_max=1.1, d_max=0.1)
+    for seed in range(4):
+        given = rectified(seed, n, r_max=1.1, d_max=0.1)
+        finding = clip_finding(renorm(make_window, given, kinds=("BatchRenorm",), schedule=narrow))
+        assert finding is not None
+        assert finding.remedy is not None
+        assert "r_max=3, d_max=5" in str(finding.remedy.code)

@@ -15,6 +15,7 @@ from service.diagnosis.ranks import copies, rank_effect
 from service.diagnosis.rules import diagnose
 from service.diagnosis.stream import stream
 from service.diagnosis.window import ProbeRows, Window
+from tests.streams import INPUTS, World
 
 MakeWindow = Callable[..., Window]
 Streams = Any  # conftest.Streams
@@ -96,6 +97,59 @@ def test_equal_ranks_are_named_one_by_one(streams: Streams, make_window: MakeWin
         assert finding.ranks == (0, 1)
         assert finding.severity == "critical"
         assert finding.steps[0] < 100
+
+
+def of_ranks(seed: int, *, sizes: tuple[int, ...] = (8,) * 4, contrast: tuple[float, ...] = (1.0,) * 4) -> ProbeRows:
+    """i.i.d. ranks with batches of different sizes and contrasts, 200 steps."""
+    rng = np.random.default_rng(seed)
+    world = World.make(rng)
+    parts = []
+    for n, gain in zip(sizes, contrast, strict=True):
+        labels = rng.integers(10, size=(200, 1, n))
+        x = (world.centres_LD[labels] + rng.normal(size=(*labels.shape, INPUTS))) @ world.mixing_DD
+        parts.append(world.project(gain * x))
+    fields = ("samples_TK", "mean_TKF", "var_TKF", "adjacency_TKF")
+    return ProbeRows(parts[0].steps_T, *(np.concatenate([getattr(p, f) for p in parts], 1) for f in fields))
+
+
+def heavy_ranks(seed: int, *, n: int = 8, df: float | None = 1.2) -> ProbeRows:
+    """i.i.d. ranks whose samples have a heavy-tailed scale, or one in a thousand is 30 times as large."""
+    rng = np.random.default_rng(seed)
+    shape = (400, 4, n, 1)
+    scale = rng.standard_t(df, size=shape) if df is not None else np.where(rng.random(shape) < 0.001, 30.0, 1.0)
+    return World.make(rng).project(scale * rng.normal(size=(400, 4, n, INPUTS)))
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        lambda s: of_ranks(s, sizes=(64, 64, 64, 8)),
+        lambda s: of_ranks(s, sizes=(32, 32, 32, 4)),
+        lambda s: of_ranks(s, contrast=(1.0, 1.0, 1.0, 3.0)),
+        heavy_ranks,
+        lambda s: heavy_ranks(s, n=2),
+        lambda s: heavy_ranks(s, df=None),
+    ],
+    ids=["64 and 8", "32 and 4", "contrast", "heavy tails", "heavy tails, pairs", "outliers"],
+)
+def test_calm_large_and_heavy_tailed_ranks_are_not_equal_ones(
+    make_window: MakeWindow, ranks: Callable[[int], ProbeRows]
+) -> None:
+    for seed in range(8):
+        probe = ranks(seed)
+        assert "NH-RANKDUP" not in loud(diagnose(make_window(probe=probe)))
+        steps = len(probe.steps_T)
+        data = stream(probe, 4)
+        found = [copies(data, at, at + 50) for at in range(0, steps, 50)]
+        assert min(float(f[0].min()) for f in found if f is not None) > 0.5
+
+
+def test_equal_ranks_among_noisy_ones_are_named(make_window: MakeWindow) -> None:
+    for seed in range(4):
+        probe = of_ranks(seed, sizes=(32, 32, 32, 4), contrast=(1.0, 1.0, 3.0, 1.0))
+        for values in (probe.mean_TKF, probe.var_TKF, probe.adjacency_TKF):
+            values[:, 1] = values[:, 0]
+        assert named(diagnose(make_window(probe=probe)), "NH-RANKDUP").ranks == (0, 1)
 
 
 def test_clustered_ranks_are_neither_skewed_nor_equal(streams: Streams, make_window: MakeWindow) -> None:

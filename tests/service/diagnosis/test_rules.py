@@ -130,3 +130,11 @@ def test_a_finished_run_that_was_too_short_says_what_it_lacked(streams: Streams,
 
     assert diagnosis.verdict.code == "NH-WITHHELD"
     assert "would have needed about 90 more steps" in diagnosis.verdict.summary
+
+
+def test_ranks_of_a_model_without_normalization_layers_are_judged_by_their_data(
+    make_window: MakeWindow, streams: Streams
+) -> None:
+    window = make_window(probe=streams.few_labels(1, labels=2, ranks=2, n=16), kinds=())
+
+    assert diagnose(window).verdict.code == "NH-CLUSTER"

@@ -405,3 +405,23 @@ def test_rounding_of_a_constant_input_is_not_a_pair_of_equal_samples(streams: St
 
     assert diagnosis.verdict.code == "NH-WITHHELD"
     assert "constant" in diagnosis.verdict.summary
+
+
+@pytest.mark.parametrize("batches", [5, 10, 20])
+@pytest.mark.parametrize("strength", [0.05, 0.3])
+def test_batches_that_come_again_with_new_augmentation_are_no_new_evidence(
+    streams: Streams, make_window: MakeWindow, batches: int, strength: float
+) -> None:
+    for seed in range(12):
+        probe = streams.again_augmented(seed, batches=batches, strength=strength)
+        assert stream(probe, 1).distinct(0, 600) == batches
+        diagnosis = diagnose(make_window(probe=probe))
+        assert not [f.code for f in diagnosis.findings if f.severity in ("warning", "critical")]
+
+
+@pytest.mark.parametrize(
+    "kind", ["iid", "without_replacement", "stratified", "sorted_labels", "shuffle_buffer", "copies", "drifting"]
+)
+def test_batches_of_new_samples_have_no_period_and_never_count_as_repeated(streams: Streams, kind: str) -> None:
+    for seed in range(12):
+        assert (stream(getattr(streams, kind)(seed), 1).before_T < 0).all()
