@@ -54,7 +54,10 @@ class ScalarRows:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """The rows and losses around the step at which the limits of Batch Renorm opened, thinned where they are many."""
+    """The rows and losses around the step at which the limits of Batch Renorm opened, thinned where they are many.
+
+    Of the rows before it those of the last time constant, at least 50 where there are so many.
+    """
 
     step: int
     rows: LayerRows
