@@ -187,8 +187,10 @@ def _first_sigma(store: Store, run_id: str, extent: Extent, L: int) -> Floats:
     first = extent.first_step or 0
     table = store.rows(
         """
-        SELECT layer, avg(sigma_b) AS sigma FROM layers
-        WHERE run_id = {run:String} AND step <= {end:UInt64} AND layer < {layers:UInt32} GROUP BY layer
+        SELECT layer, avg(sigma) AS sigma FROM (
+            SELECT layer, argMax(sigma_b, seq) AS sigma FROM layers
+            WHERE run_id = {run:String} AND step <= {end:UInt64} AND layer < {layers:UInt32} GROUP BY step, rank, layer
+        ) GROUP BY layer
         """,
         run=run_id,
         end=first + FIRST_STEPS,
@@ -279,16 +281,39 @@ def _scalar_rows(store: Store, state: _State) -> dict[str, ScalarRows]:
 
 
 def _first_nonfinite(store: Store, run_id: str, L: int) -> NonFinite | None:
-    found = store.rows(
-        """
-        SELECT step, layer, rank, nonfinite_channels FROM layers
-        WHERE run_id = {run:String} AND nonfinite_channels > 0 AND layer < {layers:UInt32}
-        ORDER BY step, layer, rank LIMIT 1
-        """,
-        run=run_id,
-        layers=L,
-    ).to_pylist()
-    if not found:
-        return None
-    row = found[0]
-    return NonFinite(row["step"], row["layer"], row["rank"], int(row["nonfinite_channels"]))
+    """The first row with a non-finite channel that no later one replaced, as when a run went on from a checkpoint."""
+    begin, most = 0, 100
+    while True:
+        broken = store.rows(
+            f"""
+            SELECT DISTINCT step FROM layers
+            WHERE run_id = {{run:String}} AND nonfinite_channels > 0 AND layer < {{layers:UInt32}}
+                AND step >= {{begin:UInt64}}
+            ORDER BY step LIMIT {most}
+            """,
+            run=run_id,
+            layers=L,
+            begin=begin,
+        ).column("step")
+        if not len(broken):
+            return None
+        begin, end = broken[0].as_py(), broken[-1].as_py()
+        found = store.rows(
+            """
+            SELECT step, layer, rank, argMax(nonfinite_channels, seq) AS channels FROM layers
+            WHERE run_id = {run:String} AND layer < {layers:UInt32} AND step IN (
+                SELECT step FROM layers
+                WHERE run_id = {run:String} AND nonfinite_channels > 0
+                    AND step >= {begin:UInt64} AND step <= {end:UInt64}
+            )
+            GROUP BY step, layer, rank HAVING channels > 0 ORDER BY step, layer, rank LIMIT 1
+            """,
+            run=run_id,
+            layers=L,
+            begin=begin,
+            end=end,
+        ).to_pylist()
+        if found:
+            row = found[0]
+            return NonFinite(row["step"], row["layer"], row["rank"], int(row["channels"]))
+        begin, most = end + 1, most * 8

@@ -14,7 +14,7 @@ from synthetic import create, layer_rows, probe_rows, run_record, scalar_rows, s
 
 from brn_core import wire
 from service import answers, windows
-from service.diagnosis.window import LAYER_COLUMNS
+from service.diagnosis.window import LAYER_COLUMNS, NonFinite
 from service.errors import Invalid, NotFound
 from service.store import Store
 
@@ -316,6 +316,28 @@ def test_the_first_non_finite_row_is_by_step_then_layer_then_rank(
     found = windows.window(store, run_id).nonfinite
     assert found is not None
     assert (found.step, found.layer, found.rank, found.channels) == (2, 1, 1, 2)
+
+
+def test_a_non_finite_row_that_a_restarted_run_replaced_is_none(
+    client: httpx.Client, store: Store, run_id: str
+) -> None:
+    create(client, run_record(run_id, layers=1))
+    broken = np.where(np.arange(1000) >= 500, 4, 0)[:, None]
+    send(client, run_id, {"layers": layer_rows(range(1000), 1, nonfinite_channels=broken)}, seq=1)
+    assert windows.window(store, run_id).nonfinite == NonFinite(500, 0, 0, 4)
+    send(client, run_id, {"layers": layer_rows(range(400, 980), 1)}, seq=2)
+    assert windows.window(store, run_id).nonfinite == NonFinite(980, 0, 0, 4), "not replaced yet"
+    send(client, run_id, {"layers": layer_rows(range(980, 1100), 1)}, seq=3)
+    assert windows.window(store, run_id).nonfinite is None
+
+
+def test_the_scale_a_run_began_with_is_that_of_its_newest_start(
+    client: httpx.Client, store: Store, run_id: str
+) -> None:
+    create(client, run_record(run_id, layers=1))
+    send(client, run_id, {"layers": layer_rows(range(10), 1, sigma_b=100.0)}, seq=1)
+    send(client, run_id, {"layers": layer_rows(range(10), 1, sigma_b=2.0)}, seq=2)
+    assert windows.window(store, run_id).first_sigma_L.tolist() == [2.0]
 
 
 # -------- diagnosis
