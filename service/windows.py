@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -17,6 +19,7 @@ from service.diagnosis.looks import WARM_TAUS, time_constant
 from service.diagnosis.rules import diagnose
 from service.diagnosis.window import (
     LAYER_COLUMNS,
+    OPENING_COLUMNS,
     Floats,
     Ints,
     LayerRows,
@@ -154,7 +157,15 @@ def _probe_rows(store: Store, state: _State, K: int) -> ProbeRows:
     return ProbeRows(steps_T, samples_TK, vectors("mean"), vectors("var"), vectors("adjacency"))
 
 
-def _layer_rows(store: Store, run_id: str, K: int, L: int, begin: int, only_T: Ints | None = None) -> LayerRows:
+def _layer_rows(
+    store: Store,
+    run_id: str,
+    K: int,
+    L: int,
+    begin: int,
+    only_T: Ints | None = None,
+    names: Sequence[str] = LAYER_COLUMNS,
+) -> LayerRows:
     """Rows of the steps from `begin` on, or `only_T` of them.
 
     Later batches come last, so that a step sent twice (a run that went on from a checkpoint) ends up with its
@@ -163,7 +174,7 @@ def _layer_rows(store: Store, run_id: str, K: int, L: int, begin: int, only_T: I
     some = "" if only_T is None else f"AND step IN ({', '.join(map(str, only_T))})"
     table = store.rows(
         f"""
-        SELECT step, rank, layer, {", ".join(LAYER_COLUMNS)} FROM layers
+        SELECT step, rank, layer, {", ".join(names)} FROM layers
         WHERE run_id = {{run:String}} AND step >= {{begin:UInt64}} {some}
         ORDER BY step, seq
         """,
@@ -174,7 +185,7 @@ def _layer_rows(store: Store, run_id: str, K: int, L: int, begin: int, only_T: I
     steps_T, at = np.unique(table.column("step").to_numpy().astype(np.int64), return_inverse=True)
     rank, layer = table.column("rank").to_numpy(), table.column("layer").to_numpy()
     columns = {}
-    for name in LAYER_COLUMNS:
+    for name in names:
         values_TKL = np.full((len(steps_T), K, L), np.nan)
         values_TKL[at, rank, layer] = table.column(name).to_numpy()
         columns[name] = values_TKL
@@ -214,7 +225,7 @@ def _opening(store: Store, state: _State, K: int, L: int) -> Opening | None:
     begin = max(0, opened - round(WARM_TAUS * tau) - 100)
     end = min(newest, opened + round(AFTER_TAUS * tau))
     only_T = _around(store, state, opened, end, tau, _most_steps(OPENING_STEPS, K * L))
-    rows = _layer_rows(store, run.id, K, L, int(only_T[0]) if len(only_T) else newest + 1, only_T)
+    rows = _layer_rows(store, run.id, K, L, int(only_T[0]) if len(only_T) else newest + 1, only_T, OPENING_COLUMNS)
     loss = store.rows(
         """
         SELECT step, avg(value) AS value FROM (
@@ -251,7 +262,7 @@ def _around(store: Store, state: _State, opened: int, end: int, tau: float, most
 
 
 def _stride(rows: int, most: int) -> int:
-    return max(1, rows // most)
+    return max(1, math.ceil(rows / most))
 
 
 def _scalar_rows(store: Store, state: _State) -> dict[str, ScalarRows]:

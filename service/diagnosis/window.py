@@ -24,6 +24,9 @@ LAYER_COLUMNS = (
 )  # fmt: skip
 """The statistics of the `layers` table that rules use."""
 
+OPENING_COLUMNS = ("gap", "d_squared", "mean_diff2")
+"""Those of them that are looked at around the opening of the limits."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProbeRows:

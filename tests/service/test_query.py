@@ -14,7 +14,7 @@ from synthetic import create, layer_rows, probe_rows, run_record, scalar_rows, s
 
 from brn_core import wire
 from service import answers, windows
-from service.diagnosis.window import LAYER_COLUMNS, NonFinite
+from service.diagnosis.window import LAYER_COLUMNS, OPENING_COLUMNS, NonFinite
 from service.errors import Invalid, NotFound
 from service.store import Store
 
@@ -440,7 +440,8 @@ def test_window_keeps_the_scale_a_run_began_with_and_the_steps_around_its_openin
     assert window.first_sigma_L.tolist() == [3.5, 3.5], "the mean of steps 1 to 6"
     assert window.opening is not None
     assert window.opening.step == 300
+    assert window.opening.rows.columns.keys() == set(OPENING_COLUMNS)
     before = [step for step in window.opening.rows.steps_T if step < 300]
     assert before == list(range(200, 300)), "the last time constant, every row"
-    assert window.opening.rows.steps_T[len(before) :].tolist() == list(range(300, 701, 6)), "1000 are to come"
+    assert window.opening.rows.steps_T[len(before) :].tolist() == list(range(300, 701, 7)), "1000 are to come"
     assert window.opening.loss.steps_T.tolist() == list(range(1, 701))
