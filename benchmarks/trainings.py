@@ -93,13 +93,16 @@ def recorded(training: Training, seeds: int, seeds_from: int, store: Store, fold
             commands.append(f"{flags} --device cpu --eval-every 0 --shadow-every 5".split())
     if training.ranks > 1:
         script = ROOT / "tests" / "trainings_of_ranks.py"
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, str(script), *map(json.dumps, commands)],
-            check=True,
+            check=False,
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
+        if done.returncode:
+            raise RuntimeError(f"the training {training.name!r} of {training.ranks} ranks failed:\n{done.stderr}")
     for spool, command in zip(spools, commands, strict=True):
         if training.ranks == 1:
             torch.set_num_threads(1)
