@@ -20,7 +20,7 @@ from brn_core.worker.ranks import Rank
 from brn_core.worker.settings import parse_settings
 from brn_core.worker.train import train
 from service import windows
-from service.diagnosis.finding import Diagnosis
+from service.diagnosis.window import Window
 from service.recordings import keep, recording
 from service.store import Store
 
@@ -57,10 +57,12 @@ _LATE = "--bn-steps 250 --r-steps 400 --d-steps 350"  # earlier, the loss may re
 # "within" counts from the step at which the moving statistics have forgotten their beginning (5 time constants) or,
 # for NH-GAP, have settled (25): before, no rule that needs them speaks.
 TRAININGS = (
-    Training("i.i.d., N = 32, limits open after 25 time constants", f"--steps 400 {_LATE}"),
+    Training("i.i.d., N = 32, limits open after 25 time constants", f"--steps 600 {_LATE}"),
     Training(
-        "i.i.d., 2 ranks x 16, limits open after 25 time constants", f"--steps 400 --batch-size 16 {_LATE}", ranks=2
+        "i.i.d., 2 ranks x 16, limits open after 25 time constants", f"--steps 600 --batch-size 16 {_LATE}", ranks=2
     ),
+    Training("i.i.d., N = 32, 100 classes (two digits an image)", f"--steps 600 --dataset digit-pairs {_LATE}"),
+    Training("i.i.d., N = 32, a fifth of the learning rate", f"--steps 600 --lr 0.01 {_LATE}"),
     Training("2 labels a batch", "--steps 300 --sampler few-labels", "NH-CLUSTER", 150),
     Training("one label set a rank", "--steps 300 --batch-size 16 --sampler rank-skewed", "NH-RANKSKEW", 150, ranks=2),
     Training("microbatch 2", "--steps 300 --batch-size 2", "NH-SMALL", onset=50),
@@ -79,8 +81,8 @@ TRAININGS = (
 )
 
 
-def diagnoses(training: Training, seeds: int, seeds_from: int, store: Store, folder: Path) -> Iterator[Diagnosis]:
-    """What is said of each seed and norm of a training, which is done now."""
+def recorded(training: Training, seeds: int, seeds_from: int, store: Store, folder: Path) -> Iterator[Window]:
+    """What is stored of each seed and norm of a training, which is done now; none is longer than a window."""
     slug = re.sub("[^a-z0-9]+", "-", training.name.lower())
     spools, commands = [], []
     for norm in training.norms:
@@ -91,17 +93,20 @@ def diagnoses(training: Training, seeds: int, seeds_from: int, store: Store, fol
             commands.append(f"{flags} --device cpu --eval-every 0 --shadow-every 5".split())
     if training.ranks > 1:
         script = ROOT / "tests" / "trainings_of_ranks.py"
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, str(script), *map(json.dumps, commands)],
-            check=True,
+            check=False,
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
+        if done.returncode:
+            raise RuntimeError(f"the training {training.name!r} of {training.ranks} ranks failed:\n{done.stderr}")
     for spool, command in zip(spools, commands, strict=True):
         if training.ranks == 1:
             torch.set_num_threads(1)
             train(parse_settings(command), Rank())
         found = recording(spool)
         keep(store, found)
-        yield windows.diagnosis(store, found.record.id)
+        yield windows.window(store, found.record.id)

@@ -23,8 +23,12 @@ from brn_core.wire import PROBE_FEATURES
 LINEAR_FEATURES: Final = 8
 _RECTIFIED_FEATURES: Final = PROBE_FEATURES - LINEAR_FEATURES
 _SEED: Final = 20170330
-_GRID: Final = {1: 256, 2: 16, 3: 8}
-"""About how many positions a side are looked at, by number of spatial dimensions: bounds the cost on large inputs."""
+_GRID: Final = {2: 16, 3: 8}
+"""About how many positions a side of an image or volume are looked at: bounds the cost on large inputs."""
+_DENSE: Final = 64
+"""Positions of a sequence that are all looked at; of as many that follow, every second one, and so on."""
+_LONGEST_SEQUENCE: Final = 2**20
+_POSITIONS: Final = _DENSE + _DENSE // 2 * (_LONGEST_SEQUENCE // _DENSE).bit_length() - _DENSE // 2
 _LONGEST_VECTOR: Final = 4096
 _KERNEL: Final = 3
 _BUCKETS: Final = 4096
@@ -38,6 +42,10 @@ class InputProbe:
     Inputs: vectors (N, D), sequences (N, C, T), images (N, C, H, W), volumes (N, C, D, H, W); integers of shape (N,)
     or (N, T) are tokens and go through a fixed random embedding. The weights are made for the first input; inputs of
     another size in space give comparable features, inputs of another kind or number of channels give none.
+
+    A sequence's features are sums over its own positions, the same however long the batch was padded for the longest
+    of it: repeats of the last position count as padding. (Images are stretched to the first one's grid, padding and
+    all.)
 
     Never draws from a global generator. Large inputs are looked at on a coarse grid.
     """
@@ -83,6 +91,8 @@ class InputProbe:
         linear_w, rectified_w = self._weights_on(x.device)
         if spatial == 0:
             return torch.cat([x @ linear_w, F.relu(x @ rectified_w)], dim=1)
+        if spatial == 1:
+            return _of_sequences(x, linear_w, rectified_w)
         stride = _stride(tuple(x.shape[2:]))
         coarse = x[(slice(None), slice(None), *(slice(None, None, s) for s in stride))]
         if tuple(coarse.shape[2:]) != self._grid:
@@ -111,9 +121,11 @@ class InputProbe:
     def _build(self, x: Tensor) -> None:
         spatial, channels = x.dim() - 2, x.shape[1]
         self._kind = (spatial, channels)
-        self._grid = tuple(
-            math.ceil(size / s) for size, s in zip(x.shape[2:], _stride(tuple(x.shape[2:])), strict=True)
-        )
+        if spatial == 1:
+            self._grid = (_POSITIONS,)  # not those of the first batch: ranks see others first
+        else:
+            stride = _stride(tuple(x.shape[2:]))
+            self._grid = tuple(math.ceil(size / s) for size, s in zip(x.shape[2:], stride, strict=True))
         inputs = channels * math.prod(self._grid)
         linear_w = _normal((inputs, LINEAR_FEATURES), seed=_SEED) / math.sqrt(inputs)
         taps = channels * _KERNEL**spatial
@@ -144,6 +156,28 @@ def model_inputs(model: nn.Module, kwargs: Mapping[str, object]) -> dict[str, ob
     return {name: kwargs[name] for name in names if not name.startswith("label")}
 
 
+def _of_sequences(x_NCT: Tensor, linear_w: Tensor, rectified_w: Tensor) -> Tensor:
+    """Features of sequences; a sample's do not depend on what it was batched with.
+
+    So nothing is a mean over the batch's T or stretched to it, and the positions looked at, thinning out to the end
+    (0, 1, ..., 63, 64, 66, ..., 126, 128, 132, ...), are the same for every T.
+    """
+    last_NC1 = x_NCT[:, :, -1:]
+    begin, step, parts = _DENSE, 2, [x_NCT[:, :, :_DENSE]]
+    while begin < min(x_NCT.shape[2], _LONGEST_SEQUENCE):
+        parts.append(x_NCT[:, :, begin : 2 * begin : step])
+        begin, step = 2 * begin, 2 * step
+    coarse_NCP = torch.cat(parts, dim=2)
+    repeats_NP = (coarse_NCP == last_NC1).all(1).int().flip(1).cumprod(1).flip(1).bool()
+    # the first of the repeats stays: it may be the sample's own end
+    padding_N1P = F.pad(repeats_NP[:, :-1], (1, 0)).logical_and_(repeats_NP)[:, None]
+    coarse_NCP = coarse_NCP.masked_fill(padding_N1P, 0)
+    positions = coarse_NCP.shape[2]
+    linear_w = linear_w.reshape(-1, _POSITIONS, LINEAR_FEATURES)[:, :positions].reshape(-1, LINEAR_FEATURES)
+    rectified_NFP = F.relu(F.conv1d(coarse_NCP, rectified_w, padding=1)).masked_fill(padding_N1P, 0)
+    return torch.cat([coarse_NCP.flatten(1) @ linear_w, rectified_NFP.sum(2) / _DENSE], dim=1)
+
+
 def _stride(size: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.ceil(side / _GRID[len(size)]) for side in size)
 
@@ -154,8 +188,7 @@ def _normal(shape: tuple[int, ...], *, seed: int) -> Tensor:
 
 
 _POOL: Final[dict[int, Callable[..., Tensor]]] = {
-    1: F.adaptive_avg_pool1d,
     2: F.adaptive_avg_pool2d,
     3: F.adaptive_avg_pool3d,
 }
-_CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONVOLUTION = {2: F.conv2d, 3: F.conv3d}

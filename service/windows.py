@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -11,10 +13,22 @@ from brn_core.wire import PROBE_FEATURES
 from service.answers.records import State as _State
 from service.answers.records import known as _known
 from service.diagnosis.drift import AFTER_TAUS
+from service.diagnosis.estimate import LOOK_ROWS
 from service.diagnosis.finding import Diagnosis
 from service.diagnosis.looks import WARM_TAUS, time_constant
 from service.diagnosis.rules import diagnose
-from service.diagnosis.window import LAYER_COLUMNS, Floats, LayerRows, NonFinite, Opening, ProbeRows, ScalarRows, Window
+from service.diagnosis.window import (
+    LAYER_COLUMNS,
+    OPENING_COLUMNS,
+    Floats,
+    Ints,
+    LayerRows,
+    NonFinite,
+    Opening,
+    ProbeRows,
+    ScalarRows,
+    Window,
+)
 from service.store import Extent, Store
 
 PROBE_WINDOW_STEPS: Final = 2000
@@ -24,13 +38,17 @@ LAYER_WINDOW_STEPS: Final = 400
 """Newest recorded steps of the layer statistics that a diagnosis looks at."""
 
 OPENING_STEPS: Final = 400
-"""Most steps that are looked at around the opening of the limits."""
+"""About how many recorded steps are looked at on either side of the opening of the limits, at most."""
 
 FIRST_STEPS: Final = 5
 """Steps after the first one whose sigma_B is the scale a run began with."""
 
 WINDOW_ROWS: Final = 200_000
-"""Most rows of a table in a window: with many ranks and layers fewer steps are looked at, at least 50."""
+"""Most rows of a table in a window: with many ranks and layers fewer steps are looked at."""
+
+LEAST_STEPS: Final = 3 * LOOK_ROWS
+"""Recorded steps that a window holds however many ranks and layers there are: with two looks in a row, wherever they
+fall, no rule waits for ever."""
 
 SCALAR_WINDOW_STEPS: Final = 2000
 """Newest recorded steps of each scalar that a diagnosis looks at."""
@@ -78,27 +96,41 @@ def _window(store: Store, state: _State) -> Window:
 
 
 def _newest_from(store: Store, state: _State, table: str, steps: int, rows_a_step: int) -> int:
-    """The step from which on a table holds its `steps` newest recorded steps, fewer where a step has many rows.
+    """The step from which on a table holds its `steps` newest recorded steps, fewer where a step has many rows."""
+    first, end = state.extent.first_step or 0, (state.extent.last_step or 0) + 1
+    found_T = _newest_steps(store, state.stored.record.id, table, _most_steps(steps, rows_a_step), first, end)
+    return int(found_T[0]) if len(found_T) else 0
+
+
+def _most_steps(steps: int, rows_a_step: int) -> int:
+    return min(steps, max(LEAST_STEPS, WINDOW_ROWS // max(1, rows_a_step)))
+
+
+def _newest_steps(store: Store, run_id: str, table: str, count: int, first: int, end: int) -> Ints:
+    """The `count` newest recorded steps of a table from `first` on and before step `end`, oldest first.
 
     Looked for in spans that widen from the end, so that its cost does not grow with the run.
     """
-    count = min(steps, max(50, WINDOW_ROWS // max(1, rows_a_step)))
-    first, last = state.extent.first_step or 0, state.extent.last_step or 0
     span = count
     while True:
-        begin = max(first, last + 1 - span)
-        found = store.engine.rows(
-            f"""
-            SELECT min(step) AS newest_from, count() AS steps FROM (
-                SELECT DISTINCT step FROM {table} WHERE run_id = {{run:String}} AND step >= {{begin:UInt64}}
+        begin = max(first, end - span)
+        found_T: Ints = (
+            store.engine.rows(
+                f"""
+                SELECT DISTINCT step FROM {table}
+                WHERE run_id = {{run:String}} AND step >= {{begin:UInt64}} AND step < {{end:UInt64}}
                 ORDER BY step DESC LIMIT {count}
+                """,
+                run=run_id,
+                begin=begin,
+                end=end,
             )
-            """,
-            run=state.stored.record.id,
-            begin=begin,
-        ).to_pylist()[0]
-        if found["steps"] == count or begin == first:
-            return int(found["newest_from"])
+            .column("step")
+            .to_numpy()
+            .astype(np.int64)[::-1]
+        )
+        if len(found_T) == count or begin == first:
+            return found_T
         span *= 8
 
 
@@ -126,28 +158,34 @@ def _probe_rows(store: Store, state: _State, K: int) -> ProbeRows:
 
 
 def _layer_rows(
-    store: Store, run_id: str, K: int, L: int, begin: int, end: int = 2**63 - 1, every: int = 1
+    store: Store,
+    run_id: str,
+    K: int,
+    L: int,
+    begin: int,
+    only_T: Ints | None = None,
+    names: Sequence[str] = LAYER_COLUMNS,
 ) -> LayerRows:
-    """Rows of the steps from `begin` to `end` that `every` divides.
+    """Rows of the steps from `begin` on, or `only_T` of them.
 
     Later batches come last, so that a step sent twice (a run that went on from a checkpoint) ends up with its
     newer rows.
     """
+    some = "" if only_T is None else f"AND step IN ({', '.join(map(str, only_T))})"
     table = store.engine.rows(
         f"""
-        SELECT step, rank, layer, {", ".join(LAYER_COLUMNS)} FROM layers
-        WHERE run_id = {{run:String}} AND step >= {{begin:UInt64}} AND step <= {{end:UInt64}} AND step % {every} = 0
+        SELECT step, rank, layer, {", ".join(names)} FROM layers
+        WHERE run_id = {{run:String}} AND step >= {{begin:UInt64}} {some}
         ORDER BY step, seq
         """,
         run=run_id,
         begin=begin,
-        end=end,
     )
     table = table.filter(pc.less(table.column("layer"), L))
     steps_T, at = np.unique(table.column("step").to_numpy().astype(np.int64), return_inverse=True)
     rank, layer = table.column("rank").to_numpy(), table.column("layer").to_numpy()
     columns = {}
-    for name in LAYER_COLUMNS:
+    for name in names:
         values_TKL = np.full((len(steps_T), K, L), np.nan)
         values_TKL[at, rank, layer] = table.column(name).to_numpy()
         columns[name] = values_TKL
@@ -160,8 +198,10 @@ def _first_sigma(store: Store, run_id: str, extent: Extent, L: int) -> Floats:
     first = extent.first_step or 0
     table = store.engine.rows(
         """
-        SELECT layer, avg(sigma_b) AS sigma FROM layers
-        WHERE run_id = {run:String} AND step <= {end:UInt64} AND layer < {layers:UInt32} GROUP BY layer
+        SELECT layer, avg(sigma) AS sigma FROM (
+            SELECT layer, argMax(sigma_b, seq) AS sigma FROM layers
+            WHERE run_id = {run:String} AND step <= {end:UInt64} AND layer < {layers:UInt32} GROUP BY step, rank, layer
+        ) GROUP BY layer
         """,
         run=run_id,
         end=first + FIRST_STEPS,
@@ -184,8 +224,8 @@ def _opening(store: Store, state: _State, K: int, L: int) -> Opening | None:
     opened = schedule.bn_steps
     begin = max(0, opened - round(WARM_TAUS * tau) - 100)
     end = min(newest, opened + round(AFTER_TAUS * tau))
-    rows_most = max(50, min(OPENING_STEPS, WINDOW_ROWS // max(1, K * L)))
-    rows = _layer_rows(store, run.id, K, L, begin, end, every=max(1, (end - begin) // rows_most))
+    only_T = _around(store, state, opened, end, tau, _most_steps(OPENING_STEPS, K * L))
+    rows = _layer_rows(store, run.id, K, L, int(only_T[0]) if len(only_T) else newest + 1, only_T, OPENING_COLUMNS)
     loss = store.engine.rows(
         """
         SELECT step, avg(value) AS value FROM (
@@ -203,6 +243,26 @@ def _opening(store: Store, state: _State, K: int, L: int) -> Opening | None:
         rows=rows,
         loss=ScalarRows(loss.column("step").to_numpy().astype(np.int64), loss.column("value").to_numpy()),
     )
+
+
+def _around(store: Store, state: _State, opened: int, end: int, tau: float, most: int) -> Ints:
+    """Recorded steps of the last time constant before the limits opened, at least 50, and of those after it.
+
+    Where there are more than `most` every second, third, ... row is taken. Which ones does not depend on how far the
+    run has come, so the answer stays the same.
+    """
+    run_id, first = state.stored.record.id, state.extent.first_step or 0
+    before_T = _newest_steps(store, run_id, "layers", max(LOOK_ROWS, round(tau)), first, opened)
+    within = int((before_T >= opened - tau).sum())
+    before_T = before_T[-max(LOOK_ROWS, within) :]
+    after_T = _newest_steps(store, run_id, "layers", end + 1 - opened, opened, end + 1)
+    every = int(np.median(np.diff(before_T))) if len(before_T) > 1 else 1
+    to_come = round(AFTER_TAUS * tau) // every
+    return np.concatenate([before_T[:: _stride(len(before_T), most)], after_T[:: _stride(to_come, most)]])
+
+
+def _stride(rows: int, most: int) -> int:
+    return max(1, math.ceil(rows / most))
 
 
 def _scalar_rows(store: Store, state: _State) -> dict[str, ScalarRows]:
@@ -232,16 +292,39 @@ def _scalar_rows(store: Store, state: _State) -> dict[str, ScalarRows]:
 
 
 def _first_nonfinite(store: Store, run_id: str, L: int) -> NonFinite | None:
-    found = store.engine.rows(
-        """
-        SELECT step, layer, rank, nonfinite_channels FROM layers
-        WHERE run_id = {run:String} AND nonfinite_channels > 0 AND layer < {layers:UInt32}
-        ORDER BY step, layer, rank LIMIT 1
-        """,
-        run=run_id,
-        layers=L,
-    ).to_pylist()
-    if not found:
-        return None
-    row = found[0]
-    return NonFinite(row["step"], row["layer"], row["rank"], int(row["nonfinite_channels"]))
+    """The first row with a non-finite channel that no later one replaced, as when a run went on from a checkpoint."""
+    begin, most = 0, 100
+    while True:
+        broken = store.engine.rows(
+            f"""
+            SELECT DISTINCT step FROM layers
+            WHERE run_id = {{run:String}} AND nonfinite_channels > 0 AND layer < {{layers:UInt32}}
+                AND step >= {{begin:UInt64}}
+            ORDER BY step LIMIT {most}
+            """,
+            run=run_id,
+            layers=L,
+            begin=begin,
+        ).column("step")
+        if not len(broken):
+            return None
+        begin, end = broken[0].as_py(), broken[-1].as_py()
+        found = store.engine.rows(
+            """
+            SELECT step, layer, rank, argMax(nonfinite_channels, seq) AS channels FROM layers
+            WHERE run_id = {run:String} AND layer < {layers:UInt32} AND step IN (
+                SELECT step FROM layers
+                WHERE run_id = {run:String} AND nonfinite_channels > 0
+                    AND step >= {begin:UInt64} AND step <= {end:UInt64}
+            )
+            GROUP BY step, layer, rank HAVING channels > 0 ORDER BY step, layer, rank LIMIT 1
+            """,
+            run=run_id,
+            layers=L,
+            begin=begin,
+            end=end,
+        ).to_pylist()
+        if found:
+            row = found[0]
+            return NonFinite(row["step"], row["layer"], row["rank"], int(row["channels"]))
+        begin, most = end + 1, most * 8

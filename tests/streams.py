@@ -238,6 +238,8 @@ def layer_rows(
     growth: float = 0.0,
     clustered: float = 0.0,
     buffers: str = "all",
+    r_max: float = 1.0,
+    d_max: float = 0.0,
 ) -> dict[str, Floats]:
     """The stored statistics of one layer (T, K, 1), computed from samples as the recorder does.
 
@@ -249,6 +251,7 @@ def layer_rows(
         growth: growth of the scale a step, relative.
         clustered: variance between batches over that within.
         buffers: whose batches the moving statistics take: those of `all` ranks, of `rank 0`, or each rank's `own`.
+        r_max, d_max: limits of Batch Renorm; 1 and 0 are batch norm.
     """
     rng = np.random.default_rng(seed)
     shape = (steps, ranks, n, channels)
@@ -280,6 +283,7 @@ def layer_rows(
         mu[t] = mu[t - 1] + momentum * (taken_mu - mu[t - 1])
         sigma[t] = sigma[t - 1] + momentum * (taken_sigma - sigma[t - 1])
     r, d = sigma_b / sigma, (mu_b - mu) / sigma
+    left_r, left_d = r - np.clip(r, 1 / r_max, r_max), d - np.clip(d, -d_max, d_max)
     second, second_log = np.full_like(mu_b, np.nan), np.full_like(mu_b, np.nan)
     second[2:] = (mu_b[2:] - 2 * mu_b[1:-1] + mu_b[:-2]) ** 2 / (6 * sigma[2:] ** 2)
     log = np.log(sigma_b)
@@ -289,13 +293,13 @@ def layer_rows(
     columns = {
         "samples": np.full_like(mu_b, float(n)),
         "gap": (r - 1) ** 2 + d**2,
-        "residual": (r - 1) ** 2 + d**2,
+        "residual": left_r**2 + left_d**2,
         "d_squared": d**2,
         "log_r": np.log(r),
-        "clip_r": np.ones_like(r),
-        "clip_d": np.ones_like(r),
-        "r_max": np.ones_like(r),
-        "d_max": np.zeros_like(r),
+        "clip_r": left_r != 0,
+        "clip_d": left_d != 0,
+        "r_max": np.full_like(r, r_max),
+        "d_max": np.full_like(r, d_max),
         "mean_noise": between / (n * sigma**2),
         "scale_noise": scale_var / (4 * n * sigma**4),
         "mean_diff1": first,

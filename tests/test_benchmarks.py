@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from streams import Streams, layer_rows, make_window
 
-from benchmarks import soak
+from benchmarks import soak, verdicts
+from service.diagnosis.rules import diagnose
 
 ROOT = Path(__file__).parent.parent
 REFUSED_SECONDS = 0.25
@@ -162,3 +165,44 @@ def test_the_soak_takes_its_slopes_where_memory_has_settled() -> None:
     assert within == pytest.approx(1)
     assert across == pytest.approx(0)
     assert soak._slopes([empty, warm, warm, warm, rising])[1] == pytest.approx(0), "from the second life on"
+
+
+# -------- verdicts
+
+
+def test_a_run_cut_off_is_judged_as_it_was_then() -> None:
+    window = make_window(
+        probe=Streams().few_labels(1, labels=2),
+        columns=layer_rows(1, steps=600),
+        kinds=("BatchNorm",),
+        scalars={"loss": (range(600), [1.0] * 600)},
+    )
+    cut = verdicts.until(window, 230)
+    assert cut.last_step == cut.probe.steps_T[-1] == cut.rows.steps_T[-1] == cut.scalars["loss"].steps_T[-1] == 229
+    before = diagnose(cut)
+    assert before.step == 229
+    assert all(finding.steps[1] < 230 for finding in before.findings)
+    assert verdicts.until(verdicts.opening(1, 0.03), 200).opening is None, "the limits are closed until step 200"
+
+
+def test_a_delay_is_what_a_reader_of_the_live_run_waits() -> None:
+    """Not the first step of what the finished run says, which is the onset itself for a silent rank."""
+    silent = verdicts.silent_rank(1)
+    window = make_window(probe=silent)
+    (finding,) = [f for f in diagnose(window).findings if f.code == "NH-MISSING"]
+    assert finding.steps[0] <= verdicts.ONSET
+    waited = verdicts.waited(window, "NH-MISSING", verdicts.ONSET)
+    assert waited is not None
+    assert waited > 100, "a rank may lag by 100 rows"
+    assert verdicts.waited(window, "NH-CLUSTER", verdicts.ONSET) is None
+
+
+def test_a_clean_run_that_warned_on_its_way_counts_as_a_false_alarm() -> None:
+    first, then = (layer_rows(1, n=n, steps=300, rho=0.3) for n in (2, 32))
+    columns = {name: np.concatenate([first[name], then[name]]) for name in first}
+    columns["samples"][:] = 32  # the finished run would warn of uneven batches
+    window = make_window(columns=columns, kinds=("BatchNorm",))
+    assert not verdicts.loud(window), "NH-SMALL is over"
+    done = verdicts.Tally()
+    done.add(window, None, 0, 0, None)
+    assert (done.found, done.others) == (1, {"NH-SMALL": 1})

@@ -252,15 +252,17 @@ def opened_early(window: Window) -> Outcome:
     tau = max(time_constant(layer) for layer in window.layers)
     before_T = opening.rows.steps_T < opening.step
     after_T = (opening.rows.steps_T >= opening.step) & (opening.rows.steps_T <= opening.step + AFTER_TAUS * tau)
-    newest = window.last_step or 0
-    if before_T.sum() < MIN_STEPS // 2:
-        if newest < opening.step:
-            return Outcome()
-        reason = f"fewer than {MIN_STEPS // 2} rows are known from before step {opening.step}, when the limits opened"
-        return Outcome(abstained=(Abstention("NH-SCHED-FAST", reason),))
     energy_TKL = slow_energy(window, opening.rows)[before_T]
-    recent_TKL = energy_TKL[opening.rows.steps_T[before_T] >= opening.step - max(tau, LOOK_ROWS)]
-    lag_L, sure_L = _mean_and_low(recent_TKL)
+    known = int(np.isfinite(energy_TKL).any((1, 2)).sum())
+    if known < MIN_STEPS:
+        if (window.last_step or 0) < opening.step:
+            return Outcome()
+        reason = (
+            f"{known} of the {MIN_STEPS} rows that it takes are known from before step {opening.step}, when the "
+            "limits opened"
+        )
+        return Outcome(abstained=(Abstention("NH-SCHED-FAST", reason),))
+    lag_L, sure_L = _mean_and_low(energy_TKL)
     late_L = (lag_L > LAG_CALM) & (sure_L > LAG_CALM / 2)
     if not late_L.any() or not after_T.any():
         return Outcome()
@@ -286,7 +288,7 @@ def opened_early(window: Window) -> Outcome:
             value=float(lag_L[i]),
             low=float(sure_L[i]),
             threshold=LAG_CALM,
-            steps_used=len(recent_TKL),
+            steps_used=known,
             query=query(
                 window.run,
                 "series",

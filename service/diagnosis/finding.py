@@ -42,7 +42,10 @@ class Finding(_Part):
     remedy: Remedy | None
     ranks: tuple[int, ...] = Field(default=(), description="Global ranks concerned; empty: all.")
     layers: tuple[str, ...] = Field(default=(), description="Layer names concerned; empty: none in particular.")
-    steps: tuple[int, int] = Field(description="First and last step at which it was seen.")
+    steps: tuple[int, int] = Field(
+        description="First and last step at which it was seen, among the newest that are looked at (2000 recorded "
+        "steps of the input probe, 400 of the layers): it may be older. Its history has the `first_step` ever."
+    )
 
 
 class Verdict(_Part):

@@ -24,6 +24,9 @@ LAYER_COLUMNS = (
 )  # fmt: skip
 """The statistics of the `layers` table that rules use."""
 
+OPENING_COLUMNS = ("gap", "d_squared", "mean_diff2")
+"""Those of them that are looked at around the opening of the limits."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProbeRows:
@@ -54,7 +57,10 @@ class ScalarRows:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """The rows and losses around the step at which the limits of Batch Renorm opened, thinned where they are many."""
+    """The rows and losses around the step at which the limits of Batch Renorm opened, thinned where they are many.
+
+    Of the rows before it those of the last time constant, at least 50 where there are so many.
+    """
 
     step: int
     rows: LayerRows

@@ -106,6 +106,39 @@ def test_the_first_tensor_is_found_in_nested_inputs():
     assert first_tensor((y, {"a": x})) is y
 
 
+def _sequences(kind, lengths, generator):
+    """One tensor a sequence: tokens (T,) or channels (3, T) of a level of its own; 0 pads."""
+    for length in lengths:
+        if kind == "tokens":
+            yield torch.randint(1, 1000, (length,), generator=generator)
+        else:
+            yield torch.randn(3, length, generator=generator) + torch.randn(3, 1, generator=generator)
+
+
+def _padded(sequences, to=0):
+    longest = max(to, *(s.shape[-1] for s in sequences))
+    return torch.stack([torch.nn.functional.pad(s, (0, longest - s.shape[-1])) for s in sequences])
+
+
+@pytest.mark.parametrize("kind", ["tokens", "channels"])
+def test_a_sequence_has_the_same_features_whatever_the_others_of_its_batch_are_as_long_as(kind):
+    sequences = list(_sequences(kind, (1, 20, 70, 100, 300), torch.Generator().manual_seed(1)))
+    probe, of_another_rank = InputProbe(), InputProbe()
+    y = probe.features(_padded(sequences, to=310))
+    longer = of_another_rank.features(_padded(sequences, to=2000))
+    torch.testing.assert_close(longer, y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(probe.features(_padded(sequences[:3], to=80)), y[:3], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(y[1], y[2])
+
+
+def test_the_end_of_a_long_sequence_is_looked_at_too():
+    x = torch.randn(2, 1, 20_000, generator=torch.Generator().manual_seed(1))
+    x[1] = x[0]
+    x[1, :, -5000:] *= 3
+    y = InputProbe().features(x)
+    assert not torch.allclose(y[0], y[1], rtol=0.1)
+
+
 def test_tokens_are_told_apart_by_what_they_are_not_by_their_number():
     probe = InputProbe()
     tokens = torch.tensor([[0, 1, 2], [50_000, 50_001, 50_002], [-1, 7, 2**40]])
@@ -143,26 +176,29 @@ def test_autocast_and_gradients_leave_the_features_alone():
     torch.testing.assert_close(cast.flat, plain.flat)
 
 
+def _ratio(batches):
+    """F over batches, roughly (mean over features)."""
+    probe = InputProbe()
+    means, variances = [], []
+    for x in batches:
+        mean, var, _ = _parts(probe.measure(x))
+        means.append(mean)
+        variances.append(var / len(x))
+    numerator = torch.stack(means).diff(dim=0).square().mean(0) / 2
+    denominator = torch.stack(variances).mean(0)
+    return ((numerator / denominator).mean()).item()
+
+
 def test_clustered_batches_stand_out_and_independent_ones_do_not():
     """The between-batch variance over the sampling variance, F, is 1 for independent draws (exact null)."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(10, 1, 8, 8, generator=generator)
 
-    def ratio(labels_of):
-        probe = InputProbe()
-        means, variances = [], []
-        for _ in range(120):
-            labels = labels_of()
-            x = centres[labels] + 0.3 * torch.randn(len(labels), 1, 8, 8, generator=generator)
-            mean, var, _ = _parts(probe.measure(x))
-            means.append(mean)
-            variances.append(var / len(labels))
-        numerator = torch.stack(means).diff(dim=0).square().mean(0) / 2
-        denominator = torch.stack(variances).mean(0)
-        return ((numerator / denominator).mean()).item()
+    def images(labels):
+        return centres[labels] + 0.3 * torch.randn(len(labels), 1, 8, 8, generator=generator)
 
-    independent = ratio(lambda: torch.randint(10, (32,), generator=generator))
-    clustered = ratio(lambda: torch.randint(10, (2,), generator=generator).repeat_interleave(16))
+    independent = _ratio(images(torch.randint(10, (32,), generator=generator)) for _ in range(120))
+    clustered = _ratio(images(torch.randint(10, (2,), generator=generator).repeat_interleave(16)) for _ in range(120))
     assert 0.8 < independent < 1.25
     assert clustered > 5
 
@@ -174,3 +210,19 @@ def test_keywords_are_taken_as_the_model_names_them_and_labels_never():
 
     given = {"labels": 1, "mask": 2, "pixel_values": 3}
     assert list(model_inputs(Model(), given).items()) == [("pixel_values", 3), ("mask", 2)]
+
+
+@pytest.mark.parametrize("kind", ["tokens", "channels"])
+def test_sequences_padded_to_the_longest_of_their_batch_are_as_independent_as_they_were_drawn(kind):
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(lengths):
+        return _padded(list(_sequences(kind, lengths.tolist(), generator)))
+
+    def lengths(*shape):
+        return (40 * (0.5 * torch.randn(*shape, generator=generator)).exp()).int().clamp(5, 250)
+
+    independent = _ratio(batch(lengths(32)) for _ in range(120))
+    bucketed = _ratio(batch(lengths(32 * 20).sort()[0].reshape(20, 32)[i % 20]) for i in torch.randperm(120).tolist())
+    assert 0.8 < independent < 1.25
+    assert bucketed > 2, "sequences of like length in a batch are no independent draws, and change its statistics"

@@ -14,7 +14,7 @@ from synthetic import create, layer_rows, probe_rows, run_record, scalar_rows, s
 
 from brn_core import wire
 from service import answers, windows
-from service.diagnosis.window import LAYER_COLUMNS
+from service.diagnosis.window import LAYER_COLUMNS, OPENING_COLUMNS, NonFinite
 from service.errors import Invalid, NotFound
 from service.store import Store
 
@@ -275,9 +275,25 @@ def test_window_holds_only_the_newest_steps(
 def test_window_shortens_rather_than_grow_with_ranks_and_layers(
     client: httpx.Client, store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_run(client, run_id, layers=2, steps=70)
-    monkeypatch.setattr(windows, "WINDOW_ROWS", 120)
-    assert len(windows.window(store, run_id).rows.steps_T) == 60
+    write_run(client, run_id, layers=2, steps=260)
+    monkeypatch.setattr(windows, "WINDOW_ROWS", 400)
+    assert len(windows.window(store, run_id).rows.steps_T) == 200
+
+
+def test_a_run_of_many_ranks_and_layers_is_judged_however_few_steps_a_window_should_hold(
+    client: httpx.Client, store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "WINDOW_ROWS", 100)
+    create(client, run_record(run_id, layers=2, world_size=2))
+    numbers = np.arange(0, 1200)
+    for rank in (0, 1):
+        send(client, run_id, {"layers": layer_rows(numbers, 2, mean_noise=0.2, scale_noise=0.2)}, rank=rank)
+    for more in (1, 2, 30, 50):  # looks are at fixed steps: the window holds two wherever it ends
+        numbers = numbers[-1] + 1 + np.arange(more)
+        for rank in (0, 1):
+            rows = layer_rows(numbers, 2, mean_noise=0.2, scale_noise=0.2)
+            send(client, run_id, {"layers": rows}, rank=rank, seq=int(numbers[0]))
+        assert "NH-SMALL" in {f.code for f in windows.diagnosis(store, run_id).findings}
 
 
 def test_window_has_our_scalars_and_losses_and_no_others(client: httpx.Client, store: Store, run_id: str) -> None:
@@ -302,7 +318,63 @@ def test_the_first_non_finite_row_is_by_step_then_layer_then_rank(
     assert (found.step, found.layer, found.rank, found.channels) == (2, 1, 1, 2)
 
 
+def test_a_non_finite_row_that_a_restarted_run_replaced_is_none(
+    client: httpx.Client, store: Store, run_id: str
+) -> None:
+    create(client, run_record(run_id, layers=1))
+    broken = np.where(np.arange(1000) >= 500, 4, 0)[:, None]
+    send(client, run_id, {"layers": layer_rows(range(1000), 1, nonfinite_channels=broken)}, seq=1)
+    assert windows.window(store, run_id).nonfinite == NonFinite(500, 0, 0, 4)
+    send(client, run_id, {"layers": layer_rows(range(400, 980), 1)}, seq=2)
+    assert windows.window(store, run_id).nonfinite == NonFinite(980, 0, 0, 4), "not replaced yet"
+    send(client, run_id, {"layers": layer_rows(range(980, 1100), 1)}, seq=3)
+    assert windows.window(store, run_id).nonfinite is None
+
+
+def test_the_scale_a_run_began_with_is_that_of_its_newest_start(
+    client: httpx.Client, store: Store, run_id: str
+) -> None:
+    create(client, run_record(run_id, layers=1))
+    send(client, run_id, {"layers": layer_rows(range(10), 1, sigma_b=100.0)}, seq=1)
+    send(client, run_id, {"layers": layer_rows(range(10), 1, sigma_b=2.0)}, seq=2)
+    assert windows.window(store, run_id).first_sigma_L.tolist() == [2.0]
+
+
 # -------- diagnosis
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_limits_that_opened_early_are_named_whenever_one_asks(
+    client: httpx.Client, store: Store, run_id: str, every: int
+) -> None:
+    """Momentum .01, the layers' own default: 10 time constants after the opening are 1000 steps."""
+    schedule = wire.Schedule(bn_steps=600, r_steps=1500, d_steps=1500, r_max=3, d_max=5)
+    create(client, run_record(run_id, layers=1, schedule=schedule))
+    rng = np.random.default_rng(0)
+    energies = []
+    for seq, (begin, end) in enumerate(((0, 800), (800, 1300), (1300, 2000), (2000, 6000)), start=1):
+        numbers = np.arange(begin, end, every)
+        noise = 0.02 * rng.random((len(numbers), 1))
+        losses = np.where(np.arange(begin, end) < 600, 1.0, 2.0) * rng.gamma(20, 1 / 20, end - begin)
+        rows = layer_rows(numbers, 1, d_squared=np.where(numbers < 600, 0.45, 0.1)[:, None] + noise, mean_diff2=0.02)
+        loss = [(step, float(value)) for step, value in zip(range(begin, end), losses, strict=True)]
+        send(client, run_id, {"layers": rows, "scalars": scalar_rows({"loss": loss})}, seq=seq)
+        found = [f for f in windows.diagnosis(store, run_id).findings if f.code == "NH-SCHED-FAST"]
+        assert len(found) == 1, f"at step {end}"
+        assert found[0].evidence is not None
+        energies.append((found[0].evidence.value, found[0].evidence.low, found[0].evidence.steps_used))
+    assert len(set(energies)) == 1, "the same answer live and afterwards"
+    assert energies[0][2] == (100 if every == 1 else 50)
+
+
+def test_limits_that_opened_before_enough_rows_were_known_are_not_judged_and_it_is_said(
+    client: httpx.Client, store: Store, run_id: str
+) -> None:
+    schedule = wire.Schedule(bn_steps=30, r_steps=100, d_steps=100, r_max=3, d_max=5)
+    create(client, run_record(run_id, layers=1, schedule=schedule))
+    send(client, run_id, {"layers": layer_rows(range(1, 300), 1)})
+    said = [f.summary for f in windows.diagnosis(store, run_id).findings if f.code == "NH-WITHHELD"]
+    assert any("NH-SCHED-FAST" in text and "29 of the 40 rows" in text for text in said), said
 
 
 def test_a_diagnosis_is_computed_once_for_what_is_stored(
@@ -368,6 +440,8 @@ def test_window_keeps_the_scale_a_run_began_with_and_the_steps_around_its_openin
     assert window.first_sigma_L.tolist() == [3.5, 3.5], "the mean of steps 1 to 6"
     assert window.opening is not None
     assert window.opening.step == 300
-    assert window.opening.rows.steps_T.min() < 300 < window.opening.rows.steps_T.max()
-    assert 30 <= len(window.opening.rows.steps_T) <= 120
+    assert window.opening.rows.columns.keys() == set(OPENING_COLUMNS)
+    before = [step for step in window.opening.rows.steps_T if step < 300]
+    assert before == list(range(200, 300)), "the last time constant, every row"
+    assert window.opening.rows.steps_T[len(before) :].tolist() == list(range(300, 701, 7)), "1000 are to come"
     assert window.opening.loss.steps_T.tolist() == list(range(1, 701))

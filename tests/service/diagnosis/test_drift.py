@@ -133,7 +133,7 @@ def test_a_jump_of_half_the_channels_is_called_at_its_second_row_and_one_broken_
     assert finding.steps == (301, 301)
 
 
-def opening(*, drift: float, loss_after: float, gap_after: float = 1.0, seed: int = 0, before: int = 200) -> Opening:
+def opening(*, drift: float, loss_after: float, gap_after: float = 1.0, seed: int = 0, before: int = 50) -> Opening:
     """Rows from `before` steps before step 200 to 100 after it; momentum .1."""
     rows = layer_rows(seed, drift=drift, steps=300)
     begin = 200 - before
