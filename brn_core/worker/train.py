@@ -254,6 +254,7 @@ def _train(
     checkpoints = None if settings.checkpoint is None else Checkpoints(settings, rank)
     first_step = 0 if checkpoints is None else checkpoints.step
     learner = Learner(settings, model, rank, device)
+    learner.settle_gradient_order((settings.batch_size, *dataset.shape))
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=TRAIN_ACCURACY_STEPS)  # loss, accuracy
     if checkpoints is not None and (saved := checkpoints.loaded) is not None:
         learner.load_state_dict(saved)
