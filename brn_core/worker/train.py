@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypedDict
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -234,6 +235,8 @@ def train(settings: Settings, rank: Rank, console: Console | None = None) -> Out
     )
     model = make_model(settings.model, dataset.shape, dataset.classes, norm)
     fault.spoil(model)
+    if rank.world_size > 1:  # the weights are the same everywhere; how images are augmented, and dropout, is not
+        torch.manual_seed(int(np.random.SeedSequence((settings.seed, rank.rank)).generate_state(1, np.uint64)[0]))
     # The loop is a function of its own so that nothing of the replica outlives the process group: torch may hang then.
     with process_group(rank, device):
         return _train(settings, rank, device, dataset, batches, limits, model, console)

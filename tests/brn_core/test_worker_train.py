@@ -260,7 +260,7 @@ common = ["--steps", "6", "--bn-steps", "2", "--record-every", "0", "--eval-ever
 for run, flags in enumerate(sys.argv[3:]):
     settings = parse_settings([*common, *flags.split()])
     outcome = train(settings, Rank(rank, 2, rank, 2, f"file://{folder}/rendezvous-{run}"), None)
-    torch.save(outcome.model.state_dict(), f"{folder}/{run}-{rank}.pt")
+    torch.save((outcome.model.state_dict(), torch.rand(8)), f"{folder}/{run}-{rank}.pt")
     print(outcome.evaluation.accuracy)
 """
 
@@ -287,11 +287,12 @@ def test_two_ranks_end_with_the_same_network_to_the_last_buffer(tmp_path: Path) 
     assert [process.returncode for process in processes] == [0, 0]
     assert accuracies[0] == accuracies[1], "the test split is shared out and its totals are summed"
     for run, flags in enumerate(runs):
-        first, second = (torch.load(tmp_path / f"{run}-{rank}.pt") for rank in range(2))
+        (first, drawn), (second, drawn_by_second) = (torch.load(tmp_path / f"{run}-{rank}.pt") for rank in range(2))
+        assert not torch.equal(drawn, drawn_by_second), "each rank augments, and drops out, by a chance of its own"
         assert any(name.endswith("running_mean") for name in first)
         for name, value in first.items():
             assert torch.equal(value, second[name]), f"{name} of {flags}"
-    first = torch.load(tmp_path / "0-0.pt")
+    first, _ = torch.load(tmp_path / "0-0.pt")
     alone = train_alone("--steps", "6", "--bn-steps", "2", "--sampler", "few-labels").model.state_dict()
     assert not torch.equal(first["norm1.running_mean"], alone["norm1.running_mean"]), "rank 1 saw other batches"
 
