@@ -329,6 +329,28 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+DIES_IN_A_RUN_OF_ITS_OWN = """
+import os, sys, time
+from dataclasses import replace
+from brn_core.worker.ranks import Rank
+me = Rank.from_environment(os.environ)
+replace(me, rank=0, world_size=1).announce(f"run-of-{me.rank}")
+if me.rank == 1:
+    os._exit(3)
+time.sleep(100)
+"""
+
+
+def test_the_run_that_is_blamed_is_the_one_the_dead_rank_was_in() -> None:
+    script = f"""
+import sys
+from brn_core.worker.ranks import launch
+launch([sys.executable, "-c", {DIES_IN_A_RUN_OF_ITS_OWN!r}], 2, lambda run, why: print("blamed", run))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "blamed run-of-1\n", done.stderr
+
+
 LAUNCH_SCRIPT = """
 import sys
 from brn_core.worker.ranks import launch
