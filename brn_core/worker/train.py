@@ -163,7 +163,8 @@ def evaluate(model: nn.Module, split: Split, device: torch.device, rank: Rank) -
     """Mean loss and accuracy of the model in inference mode; each rank takes its share of the split."""
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, samples
     model.eval()
-    for indices_B in torch.arange(rank.rank, len(split.labels_N), rank.world_size).split(_EVAL_BATCH_SIZE):  # type: ignore[no-untyped-call]
+    mine_N = torch.arange(len(split.labels_N))[rank.rank :: rank.world_size]  # none, where there are more ranks
+    for indices_B in mine_N.split(_EVAL_BATCH_SIZE) if len(mine_N) else ():  # type: ignore[no-untyped-call]
         images_BCHW, labels_B = (part.to(device) for part in split.batch(indices_B))
         logits_BK = model(images_BCHW)
         totals[0] += F.cross_entropy(logits_BK, labels_B, reduction="sum")

@@ -16,12 +16,13 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from brn_core.worker.__main__ import main
+from brn_core.worker.data import TensorSplit, digits
 from brn_core.worker.findings import Diagnosis, Finding, Remedy, Verdict, print_diagnosis
 from brn_core.worker.models import make_model, norm_factory
 from brn_core.worker.progress import Progress, figures_text, rate_text, time_text
 from brn_core.worker.ranks import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Rank
 from brn_core.worker.settings import Settings, UsageError, parse_settings
-from brn_core.worker.train import Outcome, cosine_lr, planned_limits, train
+from brn_core.worker.train import Evaluation, Outcome, cosine_lr, evaluate, planned_limits, train
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +183,38 @@ def test_a_seed_trains_the_same_network_and_evaluating_it_changes_nothing() -> N
         assert torch.equal(value, second.model.state_dict()[name]), name
     other = train_alone("--steps", "12", "--bn-steps", "4", "--seed", "8")
     assert not torch.equal(other.model.head.weight, first.model.head.weight)
+
+
+def test_a_rank_without_a_share_of_the_test_split_evaluates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("small", (1, 8, 8), 10, norm_factory("bn", 0.1))
+    test = digits().test
+    few = TensorSplit(*test.batch(torch.arange(2)))
+    summed: list[list[float]] = []
+
+    def two_from_the_others(totals: torch.Tensor) -> None:
+        summed.append(totals.tolist())
+        totals += torch.tensor([3.0, 1.0, 2.0])
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", two_from_the_others)
+    assert evaluate(model, few, torch.device("cpu"), Rank(3, 4, 3, 4)) == Evaluation(loss=1.5, accuracy=0.5)
+    assert summed == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "training", "test"),
+    [
+        (["--norm", "bn"], ", batch statistics)", "% (moving statistics), loss"),
+        (["--norm", "gn"], " batches)", "%, loss"),
+        (["--norm", "ema", "--weight-ema", "0.9"], " batches)", "% (weights averaged with decay 0.9), loss"),
+    ],
+)
+def test_the_summary_names_the_statistics_that_were_used(
+    flags: list[str], training: str, test: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--steps", "2", "--eval-every", "0", "--device", "cpu", "--record-every", "0", *flags]) == 0
+    lines = {line.split(" ")[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert training in lines["training"]
+    assert test in lines["test"]
 
 
 def test_what_is_recorded_is_the_training_and_not_the_evaluation(tmp_path: Path) -> None:
