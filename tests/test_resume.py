@@ -68,7 +68,7 @@ print(json.dumps(codes))
 
 @pytest.fixture(scope="module")
 def codes(client: httpx.Client, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    """Exit codes by training and rank: one and two ranks, once without and once with interruptions."""
+    """Exit codes by training and rank: one, two and four ranks, without and with interruptions."""
     folder = tmp_path_factory.mktemp("resume")
     flags = [*TRAINING, "--url", str(client.base_url), "--spool", str(folder / "spool")]
 
@@ -85,6 +85,10 @@ def codes(client: httpx.Client, tmp_path_factory: pytest.TempPathFactory) -> lis
         [2, -1, -1, [*flags, "--run-id", "straight-2"]],
         training(2, flush=14, kill=17),
         training(2),
+        # from 3 ranks on it matters in which order gradients are summed
+        [4, -1, -1, [*flags, "--run-id", "straight-4"]],
+        training(4, flush=14, kill=17),
+        training(4),
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BRN_")}
     done = subprocess.run(
@@ -117,11 +121,12 @@ def rows(client: httpx.Client, run: str, table: str, *key: str) -> dict[tuple[An
 def test_the_killed_trainings_were_killed_and_the_others_ended(codes: list[list[int]]) -> None:
     killed = -signal.SIGKILL
     assert codes[:5] == [[0], [killed], [killed], [0], [0]]
-    assert killed in codes[6], "the first to come to the step takes the other's connection with it"
-    assert [codes[5], codes[7]] == [[0, 0], [0, 0]]
+    for codes_of_killed in (codes[6], codes[9]):
+        assert killed in codes_of_killed, "the first to come to the step takes the others' connections with it"
+    assert [codes[5], codes[7], codes[8], codes[10]] == [[0] * 2, [0] * 2, [0] * 4, [0] * 4]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_resumed_training_has_the_losses_of_the_uninterrupted_one_to_the_last_bit(
     client: httpx.Client, codes: list[list[int]], ranks: int
 ) -> None:
@@ -140,7 +145,7 @@ def test_a_resumed_training_has_the_losses_of_the_uninterrupted_one_to_the_last_
     assert resumed == straight
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_resumed_training_is_the_same_run_with_every_row_stored_once(
     client: httpx.Client, codes: list[list[int]], ranks: int
 ) -> None:

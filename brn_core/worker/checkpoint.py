@@ -10,6 +10,7 @@ rank reads it, so several hosts need a folder that they share.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import random
@@ -115,9 +116,12 @@ class Checkpoints:
                 "ranks": ranks,
                 **common,
             }
+            # in memory first: a disk that fills up while torch.save writes to it becomes torch's own RuntimeError
+            packed = io.BytesIO()
+            torch.save(content, packed)
             try:
                 with replacing(self._path) as file:
-                    torch.save(content, file)
+                    file.write(packed.getbuffer())
             except OSError as error:
                 if step == 0:  # it never will be
                     raise UsageError(f"--checkpoint {self._folder}: {error}; name another folder") from None

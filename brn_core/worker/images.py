@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from brn_core.worker.data import Dataset
+from brn_core.worker.settings import UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,7 +38,7 @@ _TEST_MARGIN: Final = 256 / 224
 """A test image's shorter side before the center crop, over the crop's: what ImageNet's numbers are quoted with."""
 
 
-class DatasetNotFoundError(Exception):
+class DatasetNotFoundError(UsageError):
     """The files of a data set are not where they were looked for, or not what they should be."""
 
 

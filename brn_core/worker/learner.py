@@ -5,6 +5,7 @@ Shapes: B samples of a microbatch, C channels, H x W positions, K classes.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import shutil
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from brn_core.layers import BatchRenorm
 from brn_core.worker.averaging import WeightAverage
+from brn_core.worker.checkpoint import random_state, restore_random_state
 from brn_core.worker.precision import Precision
 from brn_core.worker.ranks import Rank
 from brn_core.worker.replica import data_parallel, share_moving_statistics
@@ -59,6 +61,26 @@ class Learner:
         self._optimizer = torch.optim.SGD(
             model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
+
+    def settle_gradient_order(self, shape: Sequence[int]) -> None:
+        """Has DDP group the gradients as it will for good; a collective call, before the first step or the resumed one.
+
+        It does so after the first backward of a process, in their order of arrival. Three ranks or more sum another
+        grouping in another order, so a resumed process that began with DDP's first guess would miss the last bit.
+
+        Args:
+            shape: (B, C, H, W) of a microbatch.
+        """
+        if not isinstance(self._replica, DistributedDataParallel):
+            return
+        before, random = copy.deepcopy(self.state_dict()), random_state()
+        images_BCHW = torch.zeros(*shape, device=self._device).to(memory_format=self._memory_format)
+        with self._precision.autocast():
+            logits_BK = self.network(images_BCHW)
+        logits_BK.sum().backward()
+        self._optimizer.zero_grad()
+        self.load_state_dict(before)
+        restore_random_state(random)
 
     @property
     def evaluated(self) -> nn.Module:

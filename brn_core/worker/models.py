@@ -238,8 +238,10 @@ def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
         ) from None
     if channels != 3:
         raise UsageError(f"--model torchvision:{name} takes images of 3 channels, these have {channels}")
+    # these two would give their auxiliary classifiers' logits as well, to be weighed in a loss of their own
+    only_logits = {"aux_logits": False} if name in ("inception_v3", "googlenet") else {}
     try:
-        model: nn.Module = models.get_model(name, weights=None, num_classes=classes)
+        model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **only_logits)
     except ValueError as error:
         raise UsageError(f"--model torchvision:{name}: {error}; torchvision.models.list_models() lists them") from None
     return model

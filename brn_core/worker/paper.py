@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -37,6 +37,9 @@ from brn_core.worker.train import load_dataset, make_sampler, train
 _TEST_PASSES: Final = 4
 """How often as many images as the test split has are evaluated with batch statistics: which images share a batch is
 chance, and this much of it is averaged out."""
+
+_PATIENCE: Final = timedelta(days=30)
+"""How long a rank waits for one that still trains. Of one that is dead the launcher knows, and ends the others."""
 
 _T = TypeVar("_T")
 
@@ -60,22 +63,25 @@ def run_paper(settings: Settings, rank: Rank, console: Console | None) -> None:
         console: where to show it; None on all ranks but the first.
 
     Raises:
-        UsageError: files of the data set are missing, or the device is.
+        UsageError: files of the data set are missing, or the device is, or a sampler does not fit them.
     """
     regimes = chosen_regimes(settings, rank.world_size)
-    torch.set_num_threads(1)  # so that several runs share the cores, and sums come out the same on every machine
+    torch.set_num_threads(1)  # so that several runs share the cores, and sums do not depend on how many there are
     _forget_ranks()
     started = time.monotonic()
     group = share(rank, "group", settings.run_id or f"paper-{datetime.now(UTC):%Y%m%d-%H%M%S}")[0]
     work = jobs(settings, regimes, group)
-    for dataset in dict.fromkeys(job.settings.dataset for job in work):
-        load_dataset(settings.model_copy(update={"dataset": dataset}))  # missing files are said now, not in an hour
+    for job in {job.regime.name: job for job in work}.values():  # what cannot be is said now, not in an hour
+        dataset = load_dataset(job.settings)
+        for split in (dataset.train, dataset.test):
+            make_sampler(job.settings, split, dataset.classes, Rank(0, rank.world_size if job.regime.all_ranks else 1))
     alone = [job for job in work if not job.regime.all_ranks]
     together = [job for job in work if job.regime.all_ranks]
     mine = []
     for job in alone[rank.rank :: rank.world_size]:
         mine.append(_run(job, replace(rank, rank=0, world_size=1), 1))
         _report(mine[-1])
+    share(rank, "alone", None)  # here the first waits for the last: training together, torch would wait half an hour
     for number, job in enumerate(together):
         result = _run(job, _rendezvous(rank, f"run-{number}"), rank.world_size)
         if rank.is_first:
@@ -212,7 +218,9 @@ def share(rank: Rank, name: str, value: _T) -> list[_T]:
     values: list[Any] = [value] * rank.world_size
     if rank.world_size > 1:
         there = _rendezvous(rank, name)
-        dist.init_process_group("gloo", init_method=there.rendezvous, rank=rank.rank, world_size=rank.world_size)
+        dist.init_process_group(
+            "gloo", init_method=there.rendezvous, timeout=_PATIENCE, rank=rank.rank, world_size=rank.world_size
+        )
         try:
             dist.all_gather_object(values, value)
         finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -97,8 +98,12 @@ def check_table(base: Settings, ranks: int) -> None:
         UsageError: one line that says it.
     """
     chosen_regimes(base, ranks)
-    if base.output is not None and Path(base.output).suffix not in (".json", ".md"):
-        raise UsageError(f"--output must end in .json or .md, got {base.output}")
+    if base.output is not None:
+        path = Path(base.output)
+        if path.suffix not in (".json", ".md"):
+            raise UsageError(f"--output must end in .json or .md, got {path}")
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UsageError(f"--output {path}: no file can be written there; name one in a folder that exists")
 
 
 def chosen_regimes(base: Settings, ranks: int) -> tuple[Regime, ...]:

@@ -87,8 +87,8 @@ class Rank:
 
     def announce(self, run_id: str) -> None:
         """Tells the launcher which run this is, once it has an id."""
-        if self.folder is not None and self.is_first:
-            (Path(self.folder) / _RUN).write_text(run_id)
+        if self.folder is not None:  # local: ranks of --paper train runs of their own, each as the first of one
+            (Path(self.folder) / f"{_RUN}-{self.local_rank}").write_text(run_id)
 
     def report_failure(self, text: str) -> None:
         """Says why this rank failed: to the launcher, which prints one rank's text only; else on stderr."""
@@ -125,7 +125,7 @@ def launch(command: Sequence[str], ranks: int, on_failure: Callable[[str, str], 
         if not any(codes):
             return 0
         why = _why(codes, culprit, Path(folder))
-        announced = Path(folder) / _RUN
+        announced = Path(folder) / f"{_RUN}-{culprit or 0}"
         if announced.exists():
             on_failure(announced.read_text(), why)
         return EXIT_USAGE if culprit is not None and codes[culprit] == EXIT_USAGE else EXIT_FAILED

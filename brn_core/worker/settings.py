@@ -179,7 +179,7 @@ class Settings(BaseSettings):
     checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints; there is one at the end as well.")
     resume: bool = Field(False, description="Go on from the checkpoint in --checkpoint; without one, start.")
     config: str | None = Field(None, description="YAML file of settings; flags and environment win over it.")
-    dump_config: bool = Field(False, description="Print all settings but the token as YAML for --config, and end.")
+    dump_config: bool = Field(False, description="Print the settings but the token as YAML for --config, and end.")
 
     # -- where it is recorded
     url: str = Field("http://127.0.0.1:8321", description="The service that takes the rows.")
@@ -251,9 +251,14 @@ class Settings(BaseSettings):
         return self.model_dump(mode="json", exclude=_ELSEWHERE | {"device", "ranks"})
 
     def as_yaml(self) -> str:
-        """A file for `--config` that reproduces the run: every setting but the token and a user in the URL."""
-        content = self.model_dump(mode="json", exclude={"token", "sync", "config", "dump_config"})
-        content["url"] = url_without_user(self.url)
+        """A file for `--config` that reproduces the run: every setting but the token and a user in the URL.
+
+        Address and number of ranks are left out where nobody gave them: `paper` does otherwise if they are given.
+        """
+        unsaid = {"url", "ranks"} - self.model_fields_set
+        content = self.model_dump(mode="json", exclude={"token", "sync", "config", "dump_config"} | unsaid)
+        if "url" in content:
+            content["url"] = url_without_user(self.url)
         return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     @classmethod

@@ -17,13 +17,16 @@ def print_summary(console: Console, settings: Settings, outcome: Outcome) -> Non
     steps = outcome.steps - outcome.first_step
     done = f"{steps} steps" if not outcome.first_step else f"{steps} of {outcome.steps} steps"
     rate = rate_text(steps / max(outcome.seconds, 1e-9))
-    weights = "" if settings.weight_ema is None else f", weights averaged with decay {settings.weight_ema:g}"
+    averaged = [] if settings.weight_ema is None else [f"weights averaged with decay {settings.weight_ema:g}"]
+    uses_batch = settings.norm in ("bn", "brn", "syncbn")
+    in_training = ", batch statistics" * uses_batch
+    in_test = ", ".join(["moving statistics"] * uses_batch + averaged)
     rows = [
         ("run", f"{settings.name}: {done} in {time_text(outcome.seconds)} ({rate})"),
-        ("training", f"accuracy {outcome.train_accuracy:.1%} (last {last} batches, batch statistics)"),
+        ("training", f"accuracy {outcome.train_accuracy:.1%} (last {last} batches{in_training})"),
         (
             "test",
-            f"accuracy {outcome.evaluation.accuracy:.1%} (moving statistics{weights}), "
+            f"accuracy {outcome.evaluation.accuracy:.1%}{f' ({in_test})' if in_test else ''}, "
             f"loss {outcome.evaluation.loss:.3f}",
         ),
     ]

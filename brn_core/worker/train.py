@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypedDict
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -162,7 +163,8 @@ def evaluate(model: nn.Module, split: Split, device: torch.device, rank: Rank) -
     """Mean loss and accuracy of the model in inference mode; each rank takes its share of the split."""
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, samples
     model.eval()
-    for indices_B in torch.arange(rank.rank, len(split.labels_N), rank.world_size).split(_EVAL_BATCH_SIZE):  # type: ignore[no-untyped-call]
+    mine_N = torch.arange(len(split.labels_N))[rank.rank :: rank.world_size]  # none, where there are more ranks
+    for indices_B in mine_N.split(_EVAL_BATCH_SIZE) if len(mine_N) else ():  # type: ignore[no-untyped-call]
         images_BCHW, labels_B = (part.to(device) for part in split.batch(indices_B))
         logits_BK = model(images_BCHW)
         totals[0] += F.cross_entropy(logits_BK, labels_B, reduction="sum")
@@ -234,6 +236,8 @@ def train(settings: Settings, rank: Rank, console: Console | None = None) -> Out
     )
     model = make_model(settings.model, dataset.shape, dataset.classes, norm)
     fault.spoil(model)
+    if rank.world_size > 1:  # the weights are the same everywhere; how images are augmented, and dropout, is not
+        torch.manual_seed(int(np.random.SeedSequence((settings.seed, rank.rank)).generate_state(1, np.uint64)[0]))
     # The loop is a function of its own so that nothing of the replica outlives the process group: torch may hang then.
     with process_group(rank, device):
         return _train(settings, rank, device, dataset, batches, limits, model, console)
@@ -254,6 +258,7 @@ def _train(
     checkpoints = None if settings.checkpoint is None else Checkpoints(settings, rank)
     first_step = 0 if checkpoints is None else checkpoints.step
     learner = Learner(settings, model, rank, device)
+    learner.settle_gradient_order((settings.batch_size, *dataset.shape))
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=TRAIN_ACCURACY_STEPS)  # loss, accuracy
     if checkpoints is not None and (saved := checkpoints.loaded) is not None:
         learner.load_state_dict(saved)

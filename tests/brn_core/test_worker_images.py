@@ -20,8 +20,9 @@ from brn_core.worker.images import (
     random_part,
     shift_and_mirror,
 )
+from brn_core.worker.ranks import Rank
 from brn_core.worker.settings import UsageError, parse_settings
-from brn_core.worker.train import load_dataset
+from brn_core.worker.train import load_dataset, train
 
 
 def python2_pickle(pixels_NP: np.ndarray, labels: list[int], label_key: bytes) -> bytes:
@@ -204,6 +205,9 @@ def test_a_folder_that_is_no_data_set_is_refused(tmp_path: Path) -> None:
     write_images(tmp_path)
     (tmp_path / "train" / "red" / "grey.JPG").write_bytes(b"no image")
     data = image_folder(tmp_path, 8)
+    flags = ["--dataset", "imagefolder", "--data", str(tmp_path), "--image-size", "8", "--batch-size", "9"]
+    with pytest.raises(UsageError, match=r"grey\.JPG cannot be read as an image"):  # met in training: one line as well
+        train(parse_settings([*flags, "--steps", "1", "--record-every", "0", "--device", "cpu"]), Rank())
     with pytest.raises(DatasetNotFoundError, match=r"grey\.JPG cannot be read as an image"):
         data.train.batch(torch.arange(9))
     (tmp_path / "val" / "green").mkdir()

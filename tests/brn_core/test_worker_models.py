@@ -150,6 +150,9 @@ def test_other_packages_networks_are_asked_for_by_name_and_get_the_norm(monkeypa
             make_model(f"{package}:unknown", (3, 8, 8), 5, norm)
     assert asked[0] == ("a", {"weights": None, "num_classes": 5})
     assert asked[2] == ("a", {"pretrained": False, "num_classes": 5, "in_chans": 3})
+    for name in ("inception_v3", "googlenet"):
+        make_model(f"torchvision:{name}", (3, 8, 8), 5, norm)
+        assert asked[-1] == (name, {"weights": None, "num_classes": 5, "aux_logits": False})
     with pytest.raises(UsageError, match="takes images of 3 channels, these have 1"):
         make_model("torchvision:a", (1, 8, 8), 5, norm)
 

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from fake_service import FakeService
 from scipy import stats
 from torch import nn
@@ -23,7 +25,7 @@ from brn_core.wire import RunCreate
 from brn_core.worker.__main__ import main
 from brn_core.worker.data import digits
 from brn_core.worker.models import make_model, norm_factory
-from brn_core.worker.paper import batch_statistics_accuracy, jobs
+from brn_core.worker.paper import batch_statistics_accuracy, jobs, share
 from brn_core.worker.paper_table import (
     NORMS,
     REGIMES,
@@ -37,7 +39,7 @@ from brn_core.worker.paper_table import (
     to_json,
     verdict,
 )
-from brn_core.worker.ranks import EXIT_USAGE
+from brn_core.worker.ranks import EXIT_USAGE, Rank
 from brn_core.worker.samplers import IidBatchSampler, RankSkewedBatchSampler
 from brn_core.worker.settings import parse_settings
 
@@ -246,6 +248,32 @@ def test_files_that_a_later_regime_needs_are_asked_for_before_the_first_is_train
     assert "seed 0" not in said.out, "nothing was trained"
     assert main(["--paper", "--dataset", "cifar10", "--data", str(tmp_path), *flags, "--regimes", "iid"]) == 0
     assert "| i.i.d., 32 | brn " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--batch-size", "33"], "group_size must"),
+        (["--output", "nowhere/table.json"], "--output nowhere/table.json: no file can be written there"),
+    ],
+)
+def test_what_would_fail_in_the_end_is_said_before_anything_is_trained(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--paper", "--regimes", "iid,pairs", "--ranks", "1", "--steps", "2", "--seeds", "1", "--device", "cpu"]
+    assert main([*common, *flags]) == EXIT_USAGE
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert "seed 0" not in captured.out
+
+
+def test_a_rank_waits_for_one_that_still_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[timedelta] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, timeout, **__: waits.append(timeout))
+    monkeypatch.setattr(dist, "all_gather_object", lambda values, value: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    share(Rank(0, 2, 0, 2, "file:///meet"), "results", 1)
+    assert waits[0] > timedelta(days=1), "torch's own half an hour may pass while others train"
 
 
 # --- batch statistics at test time ------------------------------------------------------------------------------------

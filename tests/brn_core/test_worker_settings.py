@@ -67,7 +67,16 @@ def test_dumped_settings_give_the_same_settings_back(
     again = parse_settings(["--config", write(tmp_path / "a.yaml", dumped)])
     assert again.as_yaml() == dumped
     assert again.recorded() == parse_settings([*flags, "--amp", "bf16", "--weight-ema", "0.999"]).recorded()
-    assert set(yaml.safe_load(dumped)) == Settings.model_fields.keys() - {"token", "sync", "config", "dump_config"}
+    left_out = {"token", "sync", "config", "dump_config"} | {"url", "ranks"}  # nobody gave these two
+    assert set(yaml.safe_load(dumped)) == Settings.model_fields.keys() - left_out
+
+
+@pytest.mark.parametrize("given", [[], ["--ranks", "1", "--url", "http://host:1"]])
+def test_a_dumped_table_has_as_many_ranks_and_is_recorded_as_before(tmp_path: Path, given: list[str]) -> None:
+    settings = parse_settings(["--paper", "--device", "cpu", *given])
+    again = parse_settings(["--config", write(tmp_path / "a.yaml", settings.as_yaml())])
+    for name in ("ranks", "url"):  # what is not said, --paper decides
+        assert (name in again.model_fields_set) == (name in settings.model_fields_set)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,13 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from brn_core.worker.__main__ import main
+from brn_core.worker.data import TensorSplit, digits
 from brn_core.worker.findings import Diagnosis, Finding, Remedy, Verdict, print_diagnosis
 from brn_core.worker.models import make_model, norm_factory
 from brn_core.worker.progress import Progress, figures_text, rate_text, time_text
 from brn_core.worker.ranks import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Rank
 from brn_core.worker.settings import Settings, UsageError, parse_settings
-from brn_core.worker.train import Outcome, cosine_lr, planned_limits, train
+from brn_core.worker.train import Evaluation, Outcome, cosine_lr, evaluate, planned_limits, train
 
 
 @pytest.fixture(autouse=True)
@@ -184,6 +185,38 @@ def test_a_seed_trains_the_same_network_and_evaluating_it_changes_nothing() -> N
     assert not torch.equal(other.model.head.weight, first.model.head.weight)
 
 
+def test_a_rank_without_a_share_of_the_test_split_evaluates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("small", (1, 8, 8), 10, norm_factory("bn", 0.1))
+    test = digits().test
+    few = TensorSplit(*test.batch(torch.arange(2)))
+    summed: list[list[float]] = []
+
+    def two_from_the_others(totals: torch.Tensor) -> None:
+        summed.append(totals.tolist())
+        totals += torch.tensor([3.0, 1.0, 2.0])
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", two_from_the_others)
+    assert evaluate(model, few, torch.device("cpu"), Rank(3, 4, 3, 4)) == Evaluation(loss=1.5, accuracy=0.5)
+    assert summed == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "training", "test"),
+    [
+        (["--norm", "bn"], ", batch statistics)", "% (moving statistics), loss"),
+        (["--norm", "gn"], " batches)", "%, loss"),
+        (["--norm", "ema", "--weight-ema", "0.9"], " batches)", "% (weights averaged with decay 0.9), loss"),
+    ],
+)
+def test_the_summary_names_the_statistics_that_were_used(
+    flags: list[str], training: str, test: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--steps", "2", "--eval-every", "0", "--device", "cpu", "--record-every", "0", *flags]) == 0
+    lines = {line.split(" ")[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert training in lines["training"]
+    assert test in lines["test"]
+
+
 def test_what_is_recorded_is_the_training_and_not_the_evaluation(tmp_path: Path) -> None:
     with FakeService() as service:
         flags = ["--steps", "10", "--eval-every", "5", "--url", service.url, "--spool", str(tmp_path), "--run-id", "r"]
@@ -260,7 +293,7 @@ common = ["--steps", "6", "--bn-steps", "2", "--record-every", "0", "--eval-ever
 for run, flags in enumerate(sys.argv[3:]):
     settings = parse_settings([*common, *flags.split()])
     outcome = train(settings, Rank(rank, 2, rank, 2, f"file://{folder}/rendezvous-{run}"), None)
-    torch.save(outcome.model.state_dict(), f"{folder}/{run}-{rank}.pt")
+    torch.save((outcome.model.state_dict(), torch.rand(8)), f"{folder}/{run}-{rank}.pt")
     print(outcome.evaluation.accuracy)
 """
 
@@ -287,11 +320,12 @@ def test_two_ranks_end_with_the_same_network_to_the_last_buffer(tmp_path: Path) 
     assert [process.returncode for process in processes] == [0, 0]
     assert accuracies[0] == accuracies[1], "the test split is shared out and its totals are summed"
     for run, flags in enumerate(runs):
-        first, second = (torch.load(tmp_path / f"{run}-{rank}.pt") for rank in range(2))
+        (first, drawn), (second, drawn_by_second) = (torch.load(tmp_path / f"{run}-{rank}.pt") for rank in range(2))
+        assert not torch.equal(drawn, drawn_by_second), "each rank augments, and drops out, by a chance of its own"
         assert any(name.endswith("running_mean") for name in first)
         for name, value in first.items():
             assert torch.equal(value, second[name]), f"{name} of {flags}"
-    first = torch.load(tmp_path / "0-0.pt")
+    first, _ = torch.load(tmp_path / "0-0.pt")
     alone = train_alone("--steps", "6", "--bn-steps", "2", "--sampler", "few-labels").model.state_dict()
     assert not torch.equal(first["norm1.running_mean"], alone["norm1.running_mean"]), "rank 1 saw other batches"
 
@@ -326,6 +360,28 @@ def test_a_rank_that_dies_ends_the_run_with_one_line_that_names_it(tmp_path: Pat
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+DIES_IN_A_RUN_OF_ITS_OWN = """
+import os, sys, time
+from dataclasses import replace
+from brn_core.worker.ranks import Rank
+me = Rank.from_environment(os.environ)
+replace(me, rank=0, world_size=1).announce(f"run-of-{me.rank}")
+if me.rank == 1:
+    os._exit(3)
+time.sleep(100)
+"""
+
+
+def test_the_run_that_is_blamed_is_the_one_the_dead_rank_was_in() -> None:
+    script = f"""
+import sys
+from brn_core.worker.ranks import launch
+launch([sys.executable, "-c", {DIES_IN_A_RUN_OF_ITS_OWN!r}], 2, lambda run, why: print("blamed", run))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "blamed run-of-1\n", done.stderr
 
 
 LAUNCH_SCRIPT = """
