@@ -17,7 +17,7 @@ import torch
 
 from brn_core.worker.faults import BREAKS_AT, FAULTS, FaultName
 from brn_core.worker.ranks import Rank
-from brn_core.worker.settings import UsageError, parse_settings
+from brn_core.worker.settings import SamplerKind, UsageError, parse_settings
 from brn_core.worker.train import train
 from service import windows
 from service.diagnosis.finding import Diagnosis, Finding
@@ -98,6 +98,27 @@ def test_a_fault_of_one_rank_is_found(name: str, nowhere: str, store: Store, tmp
 @pytest.mark.parametrize("name", TOGETHER)
 def test_a_fault_between_ranks_is_found(name: str, spool_of_ranks: Path, store: Store) -> None:
     check(name, diagnosed(store, spool_of_ranks / name))
+
+
+SAMPLERS = dict(
+    re.findall(r"^\| `([a-z-]+)` \| .+ \| (`[A-Z].+) \|$", (ROOT / "docs/worker.md").read_text(), re.MULTILINE)
+)
+
+
+def test_the_documentation_says_of_every_sampler_how_it_is_found() -> None:
+    assert set(SAMPLERS) == set(get_args(SamplerKind))
+
+
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"rank-skewed"}))  # needs ranks: that is --fault NH-RANKSKEW
+def test_a_sampler_is_found_as_the_documentation_says(name: str, nowhere: str, store: Store, tmp_path: Path) -> None:
+    flags = ["--sampler", name, "--run-id", f"sampler-{name}", "--url", nowhere, "--spool", str(tmp_path)]
+    train(parse_settings([*flags, "--steps", "600", "--eval-every", "0", "--device", "cpu"]), Rank())
+    verdict, *others = re.findall("`([A-Z-]+)`", SAMPLERS[name])
+
+    diagnosis = diagnosed(store, tmp_path)
+
+    assert diagnosis.verdict.code == verdict
+    assert set(others) <= {finding.code for finding in diagnosis.findings}
 
 
 def test_every_code_but_the_neutral_ones_has_a_fault() -> None:
