@@ -21,9 +21,11 @@ LAYERS, STEPS = 54, 100
 OWN_DISK = ("unshare", "--map-root-user", "--mount")
 """A mount of the process's own, for which no privilege is needed where the kernel lets users have name spaces."""
 
+# What the other files leave may all be in the journal; twice as much has to become free for the engine to write and
+# merge it before the journal is cut.
 SERVICE = """
-mount -t tmpfs -o size=48m tmpfs "$1"
-head -c 16M /dev/zero > "$1/other-files"
+mount -t tmpfs -o size=72m tmpfs "$1"
+head -c 48M /dev/zero > "$1/other-files"
 exec "$2" -m service --port 0 --store "chdb://$1/store"
 """
 
