@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,16 +83,21 @@ TRAININGS = (
 
 
 def recorded(training: Training, seeds: int, seeds_from: int, store: Store, folder: Path) -> Iterator[Window]:
-    """What is stored of each seed and norm of a training, which is done now; none is longer than a window."""
-    slug = re.sub("[^a-z0-9]+", "-", training.name.lower())
-    spools, commands = [], []
-    for norm in training.norms:
-        for seed in range(seeds_from, seeds_from + seeds):
-            name = f"{slug}-{norm}-{seed}"
-            spools.append(folder / name)
-            flags = f"{training.flags} --norm {norm} --seed {seed} --run-id {name} --url {NOWHERE} --spool {spools[-1]}"
-            commands.append(f"{flags} --device cpu --eval-every 0 --shadow-every 5".split())
-    if training.ranks > 1:
+    """What is stored of each seed and norm of a training; none is longer than a window.
+
+    Those whose spools are in `folder` were done before; the others are done now, and left there.
+    """
+    slug = re.sub("[^a-z0-9]+", "-", f"{training.name} {training.code or ''}".lower()).strip("-")
+    names = [f"{slug}-{norm}-{seed}" for norm in training.norms for seed in range(seeds_from, seeds_from + seeds)]
+    missing = [name for name in names if not (folder / name).exists()]
+    commands = []
+    for name in missing:
+        norm, seed = name.split("-")[-2:]
+        spool = folder / f"{name}.partial"
+        shutil.rmtree(spool, ignore_errors=True)
+        flags = f"{training.flags} --norm {norm} --seed {seed} --run-id {name} --url {NOWHERE} --spool {spool}"
+        commands.append(f"{flags} --device cpu --eval-every 0 --shadow-every 5".split())
+    if training.ranks > 1 and commands:
         script = ROOT / "tests" / "trainings_of_ranks.py"
         done = subprocess.run(
             [sys.executable, str(script), *map(json.dumps, commands)],
@@ -103,10 +109,12 @@ def recorded(training: Training, seeds: int, seeds_from: int, store: Store, fold
         )
         if done.returncode:
             raise RuntimeError(f"the training {training.name!r} of {training.ranks} ranks failed:\n{done.stderr}")
-    for spool, command in zip(spools, commands, strict=True):
+    for name, command in zip(missing, commands, strict=True):
         if training.ranks == 1:
             torch.set_num_threads(1)
             train(parse_settings(command), Rank())
-        found = recording(spool)
+        (folder / f"{name}.partial").rename(folder / name)
+    for name in names:
+        found = recording(folder / name)
         keep(store, found)
         yield windows.window(store, found.record.id)

@@ -2,6 +2,7 @@
 
     python benchmarks/verdicts.py                  # 20 seeds a kind: streams in minutes, trainings in an hour
     python benchmarks/verdicts.py --trainings 0    # streams alone
+    python benchmarks/verdicts.py --keep DIR       # keeps what the trainings recorded; those found there are not redone
     python benchmarks/verdicts.py --save           # also writes benchmarks/results/verdicts-<date>.md
 
 Counts, not times: they do not depend on the machine. Clean controls are made to look guilty. Targets are the project's
@@ -421,7 +422,7 @@ def report(seeds: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def report_of_trainings(seeds: int) -> str:
+def report_of_trainings(seeds: int, keep: Path | None) -> str:
     lines = [
         f"Trainings on digits: {seeds} seeds a kind and normalization, from {SEEDS_FROM} on. A delay "
         "counts from the step from which the rule may speak (the fault's onset; where it needs moving statistics, when "
@@ -431,8 +432,9 @@ def report_of_trainings(seeds: int) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory(prefix="brn-verdicts-") as name:
-        folder = Path(name)
-        store = Store(Settings(store=f"chdb://{folder}/store", min_free_bytes=0))
+        folder = keep or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        store = Store(Settings(store=f"chdb://{name}/store", min_free_bytes=0))
         for training in TRAININGS:
             done = Tally()
             for window in recorded(training, seeds, SEEDS_FROM, store, folder):
@@ -455,9 +457,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20, help="runs a kind")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/verdicts-<date>.md")
     parser.add_argument("--trainings", type=int, default=20, help="trainings a kind and normalization")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="what trainings recorded stays there, to judge again")
     given = parser.parse_args()
     text = report(given.seeds) if given.seeds else ""
-    text += f"\n{report_of_trainings(given.trainings)}" if given.trainings else ""
+    text += f"\n{report_of_trainings(given.trainings, given.keep)}" if given.trainings else ""
     print()
     print(text)
     if given.save:
