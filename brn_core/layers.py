@@ -219,7 +219,7 @@ class BatchRenorm(nn.Module):
             return inference(x, self.running_mean, self.running_std, self.weight, self.bias)
         if local:
             require_spread(x)
-        if not torch.compiler.is_compiling():
+        if (not self._ranks_checked or self.sync == "ema") and not torch.compiler.is_compiling():
             self._check_ranks()
         if mask is not None and mask.dim() == x.dim() - 1:
             mask = mask.unsqueeze(1)
@@ -243,7 +243,7 @@ class BatchRenorm(nn.Module):
     def _correct(self, moments: Moments, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
         """The correction of this batch; then mu and sigma move, unless an activation checkpoint runs again."""
         # Not as attributes: each is a call of Module.__getattr__, and six of them a tenth of a small layer's forward.
-        buffers = cast("dict[str, Tensor]", self._buffers)
+        buffers: dict[str, Any] = self._buffers
         mu, sigma = buffers["running_mean"], buffers["running_std"]
         limits = buffers["r_min"], buffers["r_max"], buffers["d_max"]
         if self._corrections and in_backward():
