@@ -99,7 +99,7 @@ def correction(
 def _clipped(
     off: Tensor, sigma_B: Tensor, sigma: Tensor, r_min: Tensor, r_max: Tensor, d_max: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """r and d, where off = mu_B - mu is there."""
+    """The correction, where off = mu_B - mu is there."""
     d, r = torch._foreach_div((off, sigma_B), (sigma, sigma))
     return r.clamp_(r_min, r_max), d.clamp_(-d_max, d_max)
 
@@ -169,16 +169,18 @@ class _Normalize(torch.autograd.Function):
         correct, mask, eps, ranks, per_sample = how
         measured = _measure(x, correct, mask, eps, ranks, per_sample) if callable(correct) else correct
         mean, var, sigma, r, d, elements = measured
-        gamma = None if weight is None else as_dtype(weight, mean.dtype)
-        beta = None if bias is None else as_dtype(bias, mean.dtype)
-        scale = r if gamma is None else gamma * r
-        if beta is None:
-            shift = d if gamma is None else gamma * d
-        else:
-            shift = beta + d if gamma is None else torch.addcmul(beta, gamma, d)
+        scale, shift, dtype = r, d, mean.dtype
+        if weight is not None:
+            gamma = weight if weight.dtype == dtype else weight.to(dtype)
+            scale = gamma * r
+            shift = gamma * d if bias is None else torch.addcmul(as_dtype(bias, dtype), gamma, d)
+        elif bias is not None:
+            shift = d + as_dtype(bias, dtype)
+        # torch's kernels where they can do it; the compiler makes better code of the plain formula.
+        kernels = mask is None and x.numel() > 0 and (x.is_cpu or x.is_cuda) and not torch.compiler.is_compiling()
         ctx.save_for_backward(x, weight, mean, sigma, r, d, scale, mask)
-        ctx.eps, ctx.ranks, ctx.elements = eps, ranks, elements
-        if not _kernels_apply(x, mask):
+        ctx.how = eps, ranks, elements, kernels
+        if not kernels:
             y = (x - per_channel(mean, x)) * per_channel(scale / sigma, x) + per_channel(shift, x)
             y = y.to(x.dtype)
             return y if mask is None else torch.where(mask, y, torch.zeros((), dtype=y.dtype, device=y.device))
@@ -191,24 +193,25 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, sigma, r, d, scale, mask = ctx.saved_tensors
+        eps, ranks, elements, kernels = ctx.how
         if weight is not None and torch.is_grad_enabled():  # create_graph
             scale = as_dtype(weight, r.dtype) * r
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        if ctx.ranks is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if ranks is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 'sync="moments" has no second derivative: it would need collectives inside it; '
                 'use sync="none" or sync="ema" where gradients of gradients are taken'
             )
-        if _kernels_apply(x, mask):
-            synced = ctx.ranks is not None
+        if kernels:
+            synced = ranks is not None
             dx, dz, db = _NORMALIZE_BACKWARD(
-                grad, x, scale, None, None, mean, sigma.reciprocal(), True, ctx.eps,
+                grad, x, scale, None, None, mean, sigma.reciprocal(), True, eps,
                 [need_x, need_weight or synced, need_weight or need_bias or synced],
             )  # fmt: skip
-            if synced:
-                dx = _of_all_ranks(dx, dz, db, x, scale, mean, sigma, ctx.elements, ctx.ranks)
+            if ranks is not None:
+                dx = _of_all_ranks(dx, dz, db, x, scale, mean, sigma, elements, ranks)
         else:
-            dx, dz, db = _backward(grad, x, scale, mean, sigma, mask, ctx.eps, ctx.elements, ctx.ranks)
+            dx, dz, db = _backward(grad, x, scale, mean, sigma, mask, eps, elements, ranks)
         # xhat = z r + d, so sum(dy xhat) = r sum(dy z) + d sum(dy)
         dweight = torch.addcmul(r * dz, d, db) if need_weight else None
         return dx, dweight, db if need_bias else None, None
@@ -216,11 +219,6 @@ class _Normalize(torch.autograd.Function):
 
 # `Function.apply` without its look for tensors that torch.func left behind, which takes as long as all else it does.
 _normalize: Final[Callable[..., Tensor]] = super(torch.autograd.Function, _Normalize).apply
-
-
-def _kernels_apply(x: Tensor, mask: Tensor | None) -> bool:
-    """Whether torch's batch-norm kernels can do it; the compiler makes better code of the plain formula."""
-    return mask is None and (x.is_cpu or x.is_cuda) and x.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def _of_all_ranks(
@@ -445,7 +443,8 @@ def correct_(
         r, d = _opaque_correction(mu_B, sigma_B, as_dtype(mu, mu_B.dtype), as_dtype(sigma, mu_B.dtype), *limits)
     else:
         r, d = _clipped(steps[0], sigma_B, sigma, *limits)
-        r, d = as_dtype(r, mu_B.dtype), as_dtype(d, mu_B.dtype)
+        if r.dtype != mu_B.dtype:
+            r, d = r.to(mu_B.dtype), d.to(mu_B.dtype)
     if stat == "var" or sigma_B.dim() > 1:
         if sigma_B.dim() > 1:
             mu_B, sigma_B = mu_B.mean(0), sigma_B.mean(0)

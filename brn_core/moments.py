@@ -19,6 +19,7 @@ _SIXTEEN_BITS: Final = (torch.bfloat16, torch.float16)
 # Positions up to which a product with a vector beats the kernels for rows, on CPU.
 _SHORT_ROW: Final = 64
 
+
 class Moments(NamedTuple):
     """Moments of one batch.
 
@@ -83,7 +84,7 @@ def _batch_from_samples_pays(x: Tensor) -> bool:
     on, a third at (8, 512, 7, 7), and lose where they have fewer than 8 elements. In other layouts large samples cost
     the same one by one. `benchmarks/layer.py` measures the layer as a whole.
     """
-    if not x.is_cpu or x.dtype in _SIXTEEN_BITS or x.numel() < 1 << 15:
+    if x.dim() == 2 or not x.is_cpu or x.dtype in _SIXTEEN_BITS or x.numel() < 1 << 15:
         return False
     return x.numel() >= 8 * x.shape[0] * x.shape[1] if _has_rows(x) else _samples_have(131_072, x)
 
