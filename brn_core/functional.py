@@ -41,8 +41,7 @@ __all__ = [
     "sample_moments",
 ]
 
-# Overloads, not packets: finding the overload takes as long as a small operator.
-_NORMALIZE: Final = torch.ops.aten.native_batch_norm.default
+# Not a packet, which finds its overload anew at each call; nothing in `torch` itself gives this one.
 _NORMALIZE_BACKWARD: Final = torch.ops.aten.native_batch_norm_backward.default
 
 Stat = Literal["std", "var"]
@@ -94,7 +93,14 @@ def correction(
     Returns:
         The pair r, d, shaped as mu_B. NaN stays NaN.
     """
-    d, r = torch._foreach_div((mu_B - mu, sigma_B), (sigma, sigma))
+    return _clipped(mu_B - mu, sigma_B, sigma, r_min, r_max, d_max)
+
+
+def _clipped(
+    off: Tensor, sigma_B: Tensor, sigma: Tensor, r_min: Tensor, r_max: Tensor, d_max: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The correction, where off = mu_B - mu is there."""
+    d, r = torch._foreach_div((off, sigma_B), (sigma, sigma))
     return r.clamp_(r_min, r_max), d.clamp_(-d_max, d_max)
 
 
@@ -139,6 +145,10 @@ class _Ranks(NamedTuple):
     group: dist.ProcessGroup | None
 
 
+_How: TypeAlias = "tuple[_Measured | Correct, Tensor | None, float, _Ranks | None, bool]"
+"""What normalizing takes beside tensors with gradients: correct or what it answered, mask, eps, ranks, per_sample."""
+
+
 class _Normalize(torch.autograd.Function):
     """y = z (gamma r) + (gamma d + beta) with z = (x - mean) / sigma; mean and sigma are functions of x in backward.
 
@@ -152,64 +162,63 @@ class _Normalize(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        correct: _Measured | Correct,
-        mask: Tensor | None,
-        eps: float,
-        ranks: _Ranks | None,
-        per_sample: bool,
+        how: _How,
     ) -> Tensor:
         # Not in setup_context: with one, torch inspects this signature at every call, at the cost of all the rest.
         # Measuring in here rather than before saves switching gradients off and on, a tenth of a small layer's cost.
+        correct, mask, eps, ranks, per_sample = how
         measured = _measure(x, correct, mask, eps, ranks, per_sample) if callable(correct) else correct
         mean, var, sigma, r, d, elements = measured
-        gamma = None if weight is None else as_dtype(weight, mean.dtype)
-        beta = None if bias is None else as_dtype(bias, mean.dtype)
-        scale = r if gamma is None else gamma * r
-        if beta is None:
-            shift = d if gamma is None else gamma * d
-        else:
-            shift = beta + d if gamma is None else torch.addcmul(beta, gamma, d)
+        scale, shift, dtype = r, d, mean.dtype
+        if weight is not None:
+            gamma = weight if weight.dtype == dtype else weight.to(dtype)
+            scale = gamma * r
+            shift = gamma * d if bias is None else torch.addcmul(as_dtype(bias, dtype), gamma, d)
+        elif bias is not None:
+            shift = d + as_dtype(bias, dtype)
+        # torch's kernels where they can do it; the compiler makes better code of the plain formula.
+        kernels = mask is None and x.numel() > 0 and (x.is_cpu or x.is_cuda) and not torch.compiler.is_compiling()
         ctx.save_for_backward(x, weight, mean, sigma, r, d, scale, mask)
-        ctx.eps, ctx.ranks, ctx.elements = eps, ranks, elements
-        if not _kernels_apply(x, mask):
+        ctx.how = eps, ranks, elements, kernels
+        if not kernels:
             y = (x - per_channel(mean, x)) * per_channel(scale / sigma, x) + per_channel(shift, x)
             y = y.to(x.dtype)
             return y if mask is None else torch.where(mask, y, torch.zeros((), dtype=y.dtype, device=y.device))
         if x.is_cuda:  # one kernel, any memory format; eval-mode native_batch_norm takes three here
-            y = torch.ops.aten.batch_norm_elemt(x, scale, shift, mean, sigma.reciprocal(), eps)
+            y = torch.batch_norm_elemt(x, scale, shift, mean, sigma.reciprocal(), eps)
         else:
-            y = _NORMALIZE(x, scale, shift, mean, var, False, 0.0, eps)[0]
-        return y  # type: ignore[no-any-return]  # torch.ops is untyped
+            y = torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps)[0]
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, sigma, r, d, scale, mask = ctx.saved_tensors
+        eps, ranks, elements, kernels = ctx.how
         if weight is not None and torch.is_grad_enabled():  # create_graph
             scale = as_dtype(weight, r.dtype) * r
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        if ctx.ranks is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if ranks is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 'sync="moments" has no second derivative: it would need collectives inside it; '
                 'use sync="none" or sync="ema" where gradients of gradients are taken'
             )
-        if _kernels_apply(x, mask):
-            synced = ctx.ranks is not None
+        if kernels:
+            synced = ranks is not None
             dx, dz, db = _NORMALIZE_BACKWARD(
-                grad, x, scale, None, None, mean, sigma.reciprocal(), True, ctx.eps,
+                grad, x, scale, None, None, mean, sigma.reciprocal(), True, eps,
                 [need_x, need_weight or synced, need_weight or need_bias or synced],
             )  # fmt: skip
-            if synced:
-                dx = _of_all_ranks(dx, dz, db, x, scale, mean, sigma, ctx.elements, ctx.ranks)
+            if ranks is not None:
+                dx = _of_all_ranks(dx, dz, db, x, scale, mean, sigma, elements, ranks)
         else:
-            dx, dz, db = _backward(grad, x, scale, mean, sigma, mask, ctx.eps, ctx.elements, ctx.ranks)
+            dx, dz, db = _backward(grad, x, scale, mean, sigma, mask, eps, elements, ranks)
         # xhat = z r + d, so sum(dy xhat) = r sum(dy z) + d sum(dy)
         dweight = torch.addcmul(r * dz, d, db) if need_weight else None
-        return dx, dweight, db if need_bias else None, None, None, None, None, None
+        return dx, dweight, db if need_bias else None, None
 
 
-def _kernels_apply(x: Tensor, mask: Tensor | None) -> bool:
-    """Whether torch's batch-norm kernels can do it; the compiler makes better code of the plain formula."""
-    return mask is None and (x.is_cpu or x.is_cuda) and x.numel() > 0 and not torch.compiler.is_compiling()
+# `Function.apply` without its look for tensors that torch.func left behind, which takes as long as all else it does.
+_normalize: Final[Callable[..., Tensor]] = super(torch.autograd.Function, _Normalize).apply
 
 
 def _of_all_ranks(
@@ -320,9 +329,9 @@ def renormalize(
     if torch.compiler.is_compiling():  # which does not follow a change of buffers into an autograd.Function
         with torch.no_grad():
             measured = _measure(x, correct, mask, eps, ranks, per_sample)
-        y: Tensor = _Normalize.apply(x, weight, bias, measured, mask, eps, ranks, False)  # type: ignore[no-untyped-call]
+        y: Tensor = _Normalize.apply(x, weight, bias, (measured, mask, eps, ranks, False))  # type: ignore[no-untyped-call]
         return y
-    return _Normalize.apply(x, weight, bias, correct, mask, eps, ranks, per_sample)  # type: ignore[no-any-return, no-untyped-call]
+    return _normalize(x, weight, bias, (correct, mask, eps, ranks, per_sample))
 
 
 def _measure(
@@ -395,7 +404,7 @@ def _in_microbatches(
     return torch.cat(
         [
             _Normalize.apply(  # type: ignore[no-untyped-call]
-                part, weight, bias, (m.mean_C, m.var_C, sigma, r, d, m.elements), part_mask, eps, None, False
+                part, weight, bias, ((m.mean_C, m.var_C, sigma, r, d, m.elements), part_mask, eps, None, False)
             )
             for part, part_mask, m, sigma, r, d in zip(parts, masks, moments, sigma_GC, r_GC, d_GC, strict=True)
         ]
@@ -429,13 +438,13 @@ def correct_(
         r and d, shaped as sigma_B. NaN stays NaN. Call it without gradients.
     """
     mu_B, _, elements, _, _ = moments
-    r_min, r_max, d_max = limits
     steps = torch._foreach_sub((mu_B, sigma_B), (mu, sigma))
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         r, d = _opaque_correction(mu_B, sigma_B, as_dtype(mu, mu_B.dtype), as_dtype(sigma, mu_B.dtype), *limits)
-    else:  # `correction`, of which mu_B - mu is there
-        d, r = torch._foreach_div((steps[0], sigma_B), (sigma, sigma))
-        r, d = as_dtype(r.clamp_(r_min, r_max), mu_B.dtype), as_dtype(d.clamp_(-d_max, d_max), mu_B.dtype)
+    else:
+        r, d = _clipped(steps[0], sigma_B, sigma, *limits)
+        if r.dtype != mu_B.dtype:
+            r, d = r.to(mu_B.dtype), d.to(mu_B.dtype)
     if stat == "var" or sigma_B.dim() > 1:
         if sigma_B.dim() > 1:
             mu_B, sigma_B = mu_B.mean(0), sigma_B.mean(0)

@@ -214,12 +214,12 @@ class BatchRenorm(nn.Module):
             y, with the shape, dtype and memory format of `x`.
         """
         self._check_input(x)
-        local = self.sync != "moments"
-        if not self.training or self.frozen or (x.numel() == 0 and local):
+        local, elements = self.sync != "moments", x.numel()
+        if not self.training or self.frozen or (elements == 0 and local):
             return inference(x, self.running_mean, self.running_std, self.weight, self.bias)
-        if local:
+        if elements == self.num_features and local:
             require_spread(x)
-        if not torch.compiler.is_compiling():
+        if (not self._ranks_checked or self.sync == "ema") and not torch.compiler.is_compiling():
             self._check_ranks()
         if mask is not None and mask.dim() == x.dim() - 1:
             mask = mask.unsqueeze(1)
@@ -228,8 +228,8 @@ class BatchRenorm(nn.Module):
         size = self.virtual_batch_size
         return renormalize(
             x,
-            self.weight,
-            self.bias,
+            self._parameters["weight"],  # as an attribute it costs a call of Module.__getattr__
+            self._parameters["bias"],
             # asked here: inside the autograd function gradients are always off
             self._correct_and_keep if _may_run_again() else self._correct,
             self.eps,
@@ -243,7 +243,7 @@ class BatchRenorm(nn.Module):
     def _correct(self, moments: Moments, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
         """The correction of this batch; then mu and sigma move, unless an activation checkpoint runs again."""
         # Not as attributes: each is a call of Module.__getattr__, and six of them a tenth of a small layer's forward.
-        buffers = cast("dict[str, Tensor]", self._buffers)
+        buffers: dict[str, Any] = self._buffers
         mu, sigma = buffers["running_mean"], buffers["running_std"]
         limits = buffers["r_min"], buffers["r_max"], buffers["d_max"]
         if self._corrections and in_backward():
@@ -279,6 +279,8 @@ class BatchRenorm(nn.Module):
         return r_K.index_select(0, nearest)[0], d_K.index_select(0, nearest)[0]
 
     def _alpha(self) -> float | Tensor:
+        if self.accumulation_steps == 1 and not self.debias:
+            return self.momentum
         alpha: float = 1 - (1 - self.momentum) ** (1 / self.accumulation_steps)
         if not self.debias:
             return alpha
@@ -297,8 +299,8 @@ class BatchRenorm(nn.Module):
         self.observed = Observation(mean_NC, var_NC, mu_B, sigma_B, *moving, *limits)
 
     def _check_input(self, x: Tensor) -> None:
-        dims = self._allowed_dims
-        if (dims and x.dim() not in dims) or x.dim() < 2:
+        dims, dim = self._allowed_dims, x.dim()
+        if (dims and dim not in dims) or dim < 2:
             wanted = " or ".join(f"{n}-dimensional" for n in dims) or "at least 2-dimensional"
             raise ValueError(f"{type(self).__name__} takes {wanted} input (N, C, *), got shape {tuple(x.shape)}")
         if x.shape[1] != self.num_features:

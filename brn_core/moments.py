@@ -19,10 +19,6 @@ _SIXTEEN_BITS: Final = (torch.bfloat16, torch.float16)
 # Positions up to which a product with a vector beats the kernels for rows, on CPU.
 _SHORT_ROW: Final = 64
 
-# Overloads, not packets: finding the overload takes as long as a small operator.
-_STATISTICS: Final = torch.ops.aten.batch_norm_update_stats.default
-_ROWS: Final = torch.ops.aten.native_group_norm.default
-
 
 class Moments(NamedTuple):
     """Moments of one batch.
@@ -68,8 +64,7 @@ def _kernel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.is_cpu and x.dtype in _SIXTEEN_BITS:
         # On CPU the answer has the dtype of the running buffers (what they hold is unused), or of x without any.
         running_mean = running_var = torch.empty(x.shape[1], dtype=torch.float32)
-    mean, var = _STATISTICS(x, running_mean, running_var, 0.0)
-    return mean, var
+    return torch.batch_norm_update_stats(x, running_mean, running_var, 0.0)
 
 
 def _has_rows(x: Tensor) -> bool:
@@ -89,7 +84,7 @@ def _batch_from_samples_pays(x: Tensor) -> bool:
     on, a third at (8, 512, 7, 7), and lose where they have fewer than 8 elements. In other layouts large samples cost
     the same one by one. `benchmarks/layer.py` measures the layer as a whole.
     """
-    if not x.is_cpu or x.dtype in _SIXTEEN_BITS or x.numel() < 1 << 15:
+    if x.dim() == 2 or not x.is_cpu or x.dtype in _SIXTEEN_BITS or x.numel() < 1 << 15:
         return False
     return x.numel() >= 8 * x.shape[0] * x.shape[1] if _has_rows(x) else _samples_have(131_072, x)
 
@@ -116,7 +111,7 @@ def _sample_moments(x: Tensor) -> tuple[Tensor, Tensor | None]:
         if x.is_cpu and x.numel() < _SHORT_ROW * N * C:
             return _short_row_moments(x)
         if x.is_cpu and x.dtype not in _SIXTEEN_BITS:  # vectorised, where batch norm's kernel is not
-            _, mean_NC, inverse_std_NC = _ROWS(x, None, None, N, C, x.numel() // (N * C), C, _TINY)
+            _, mean_NC, inverse_std_NC = torch.native_group_norm(x, None, None, N, C, x.numel() // (N * C), C, _TINY)
             return mean_NC, inverse_std_NC.pow_(-2)
         mean, var = _kernel_moments(x.view(1, N * C, -1))  # N*C channels of one sample
         return mean.view(N, C), var.view(N, C)
@@ -183,8 +178,8 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, *, per_sample: bool = F
     Returns:
         Moments. A sample without any element under the mask gets the batch mean as its mean.
     """
-    dtype = statistics_dtype(x)
     if x.numel() == 0:
+        dtype = statistics_dtype(x)
         zeros_C = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
         zeros_NC = zeros_C.expand(x.shape[0], -1)
         return Moments(zeros_C, zeros_C, 0, zeros_NC if per_sample else None, zeros_NC if per_sample else None)
@@ -192,7 +187,7 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, *, per_sample: bool = F
         return _masked_moments(x, mask, per_sample)
     count = x.numel() // x.shape[1]
     if torch.compiler.is_compiling() or not (x.is_cpu or x.is_cuda):
-        var_C, mean_C = torch.var_mean(x.to(dtype), reduced_dims(x), correction=0)
+        var_C, mean_C = torch.var_mean(x.to(statistics_dtype(x)), reduced_dims(x), correction=0)
         return Moments(mean_C, var_C, count, *(_sample_moments(x) if per_sample else (None, None)))
     if _batch_from_samples_pays(x):
         mean_NC, var_NC = _sample_moments(x)
