@@ -228,8 +228,8 @@ class BatchRenorm(nn.Module):
         size = self.virtual_batch_size
         return renormalize(
             x,
-            self._parameters["weight"],  # as an attribute it costs a call of Module.__getattr__
-            self._parameters["bias"],
+            self.weight,
+            self.bias,
             # asked here: inside the autograd function gradients are always off
             self._correct_and_keep if _may_run_again() else self._correct,
             self.eps,

@@ -422,6 +422,19 @@ def test_meta_layers_materialize_to_a_fresh_layer():
     assert _same(layer.state_dict(), BatchRenorm2d(3, **OPEN).state_dict())
 
 
+def test_a_parametrized_gamma_is_used_and_trained():
+    class Doubled(nn.Module):
+        def forward(self, gamma):
+            return 2 * gamma
+
+    x = torch.randn(8, 3, 4, 4)
+    plain, layer = BatchRenorm2d(3), BatchRenorm2d(3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())  # moves it out of the layer's parameters
+    torch.testing.assert_close(layer(x), 2 * plain(x))
+    layer(x).sum().backward()
+    assert layer.parametrizations.weight.original.grad is not None
+
+
 def test_functional_call_updates_the_buffers_it_is_given():
     layer = BatchRenorm1d(3)
     before = _state(layer)
