@@ -85,6 +85,8 @@ class BatchRenorm(nn.Module):
             rank normalizes its own batch, as the paper's workers did, and `brn_core.statistics.average_statistics`
             averages mu, sigma over ranks once a step.
         process_group: the ranks of sync="moments"; the default group if None.
+        axis: the dimension of the channels, counted from the end if negative, never 0. Everything here that is said of
+            inputs (N, C, *) holds for the input with that dimension moved to 1; -1 takes (N, *, C), without a copy.
         device, dtype: of the parameters.
 
     Attributes:
@@ -126,6 +128,7 @@ class BatchRenorm(nn.Module):
         virtual_batch_size: int | None = None,
         sync: Sync = "none",
         process_group: dist.ProcessGroup | None = None,
+        axis: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -146,6 +149,7 @@ class BatchRenorm(nn.Module):
             virtual_batch_size is None or sync != "moments",
             'virtual_batch_size splits a batch and sync="moments" joins batches: choose one',
         )
+        _check(axis != 0, "axis is the dimension of the channels; 0 is that of the samples")
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -155,6 +159,7 @@ class BatchRenorm(nn.Module):
         self.virtual_batch_size = virtual_batch_size
         self.sync: Sync = sync
         self.process_group = process_group
+        self.axis = axis
         self.frozen = False
         self.observe = False
         self.observed: Observation | None = None
@@ -206,30 +211,32 @@ class BatchRenorm(nn.Module):
         """Normalize `x`.
 
         Args:
-            x: (N, C, *).
-            mask: bool, broadcastable to `x`, or of shape (N, *) without the channels. In training, elements under
+            x: (N, C, *), or with the channels at `axis`.
+            mask: bool, broadcastable to `x`, or of its shape without the channels. In training, elements under
                 False take no part in the statistics and come out as 0; inference ignores it.
 
         Returns:
             y, with the shape, dtype and memory format of `x`.
         """
+        moved = self.axis != 1
+        if moved or mask is not None:
+            x, mask = self.channels_second(x, mask)
         self._check_input(x)
         local, elements = self.sync != "moments", x.numel()
         if not self.training or self.frozen or (elements == 0 and local):
-            return inference(x, self.running_mean, self.running_std, self.weight, self.bias)
+            y = inference(x, self.running_mean, self.running_std, self.weight, self.bias)
+            return y.movedim(1, self.axis) if moved else y
         if elements == self.num_features and local:
             require_spread(x)
         if (not self._ranks_checked or self.sync == "ema") and not torch.compiler.is_compiling():
             self._check_ranks()
-        if mask is not None and mask.dim() == x.dim() - 1:
-            mask = mask.unsqueeze(1)
         if mask is not None:
             require_mask(mask, x)
         size = self.virtual_batch_size
-        return renormalize(
+        y = renormalize(
             x,
-            self._parameters["weight"],  # as an attribute it costs a call of Module.__getattr__
-            self._parameters["bias"],
+            self.weight,
+            self.bias,
             # asked here: inside the autograd function gradients are always off
             self._correct_and_keep if _may_run_again() else self._correct,
             self.eps,
@@ -239,6 +246,17 @@ class BatchRenorm(nn.Module):
             group=self.process_group,
             per_sample=self.observe,
         )
+        return y.movedim(1, self.axis) if moved else y
+
+    def channels_second(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Views of a forward's arguments with the channels in dimension 1, as the functions take them."""
+        if not -x.dim() < self.axis < x.dim():
+            raise ValueError(f"axis={self.axis} is not one of the channels in input of shape {tuple(x.shape)}")
+        if mask is not None and mask.dim() == x.dim() - 1:
+            mask = mask.unsqueeze(self.axis)
+        if mask is not None:
+            mask = mask.movedim(self.axis, 1)
+        return x.movedim(self.axis, 1), mask
 
     def _correct(self, moments: Moments, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
         """The correction of this batch; then mu and sigma move, unless an activation checkpoint runs again."""
@@ -304,7 +322,10 @@ class BatchRenorm(nn.Module):
             wanted = " or ".join(f"{n}-dimensional" for n in dims) or "at least 2-dimensional"
             raise ValueError(f"{type(self).__name__} takes {wanted} input (N, C, *), got shape {tuple(x.shape)}")
         if x.shape[1] != self.num_features:
-            raise ValueError(f"expected {self.num_features} channels in dimension 1, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"expected {self.num_features} channels in dimension {self.axis}, "
+                f"got shape {tuple(x.movedim(1, self.axis).shape)}"
+            )
         if not x.is_floating_point():
             raise ValueError(f"expected floating-point input, got {x.dtype}")
 
@@ -372,6 +393,7 @@ class BatchRenorm(nn.Module):
         _, r_max, d_max = self._initial_limits
         parts = [str(self.num_features), f"eps={self.eps}", f"momentum={self.momentum}"]
         parts += [f"r_max={r_max}, d_max={d_max}"]
+        parts += [f"axis={self.axis}"] if self.axis != 1 else []
         parts += ["affine=False"] if self.weight is None else []
         parts += [f"sync={self.sync!r}"] if self.sync != "none" else []
         parts += [f"virtual_batch_size={self.virtual_batch_size}"] if self.virtual_batch_size else []
@@ -441,6 +463,9 @@ def revert_batchrenorm(model: nn.Module) -> nn.Module:
         model: changed in place, unless it is a BatchRenorm itself. Layers of the any-dimensional class become
             SyncBatchNorm, the only BatchNorm that takes any number of dimensions.
 
+    Raises:
+        ValueError: a layer with its channels elsewhere than in dimension 1, which no BatchNorm takes.
+
     Returns:
         The model, or the new layer if `model` is a BatchRenorm.
     """
@@ -498,6 +523,10 @@ def _from_batchnorm(old: nn.modules.batchnorm._BatchNorm, kwargs: dict[str, Any]
 
 
 def _to_batchnorm(old: BatchRenorm) -> nn.Module:
+    if old.axis != 1:
+        raise ValueError(
+            f"BatchNorm has its channels in dimension 1, {old} in {old.axis}: keep it, or replace it by hand"
+        )
     new = _BATCHNORM_OF[next(kind for kind in type(old).__mro__ if kind in _BATCHNORM_OF)](
         old.num_features, eps=old.eps, momentum=old.momentum, affine=False, device=old.running_mean.device
     )

@@ -42,12 +42,11 @@ class _Pool:
         self.total = Moments(zeros, zeros, zeros)
 
     @torch.no_grad()
-    def see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(self, layer: BatchRenorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
         x = args[0] if args else kwargs["x"]
         mask: Tensor | None = args[1] if len(args) > 1 else kwargs.get("mask")
-        if mask is not None and mask.dim() == x.dim() - 1:
-            mask = mask.unsqueeze(1)
+        x, mask = layer.channels_second(x, mask)
         batch = batch_moments(x, mask)
         n_C, m_C = torch.as_tensor(self.total.elements), torch.as_tensor(batch.elements)
         all_C = (n_C + m_C).clamp(min=1)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from brn_core.layers import BatchRenorm2d
+from brn_core.layers import BatchRenorm, BatchRenorm2d
 
 torch.set_num_threads(1)
 
@@ -18,7 +18,8 @@ HOST_SYNCS = {
     "aten.nonzero.default",
     "aten.is_nonzero.default",
 }
-FREE = {"aten.detach.default", "aten.view.default", "aten.expand.default", "aten.unbind.int"}  # no kernel
+VIEWS = ("detach.default", "view.default", "expand.default", "unbind.int", "permute.default", "unsqueeze.default")
+FREE = {f"aten.{name}" for name in (*VIEWS, "squeeze.dim")}  # no kernel
 
 
 class _Counting(TorchDispatchMode):
@@ -72,6 +73,15 @@ def test_the_activation_passes_through_memory_no_oftener_than_in_batch_norm(dtyp
     forward, backward = _counted(BatchRenorm2d(16), _input(channels_last=True, dtype=dtype))
     assert forward.passes == 3
     assert backward.passes == 3
+
+
+@pytest.mark.parametrize("shape", [(8, 144, 16), (8, 12, 12, 16)])
+def test_channels_in_the_last_dimension_are_read_where_they_are(shape):
+    x = torch.randn(shape, requires_grad=True)
+    forward, backward = _counted(BatchRenorm(16, axis=-1), x)
+    assert forward.passes == 3
+    assert backward.passes == 3
+    assert "aten.clone.default" not in (*forward.names, *backward.names)
 
 
 def test_large_contiguous_float_input_on_cpu_takes_its_statistics_from_the_samples_and_writes_once_more():

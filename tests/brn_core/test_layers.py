@@ -149,6 +149,53 @@ def test_a_mask_works_through_the_layer_with_and_without_the_channel_dimension()
     torch.testing.assert_close(a.observed.mean_NC[0], x[0][:, mask[0]].mean(1))
 
 
+@pytest.mark.parametrize("shape", [(16, 5, 3), (8, 6, 3), (4, 6, 7, 3), (2, 4, 5, 6, 3)], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_channels_may_be_in_any_dimension(shape, masked, mode):
+    x, mask = torch.randn(shape, requires_grad=True), torch.rand(shape[:-1]) > 0.4 if masked else None
+    last = _trained(BatchRenorm(3, axis=-1, r_max=1.5, d_max=0.2).train(mode == "train"), shape=()).train(
+        mode == "train"
+    )
+    second = BatchRenorm(3, r_max=1.5, d_max=0.2).train(mode == "train")
+    second.load_state_dict(last.state_dict())
+    dy = torch.randn(shape)
+    y, y_second = last(x, mask), second(x.movedim(-1, 1), mask).movedim(1, -1)
+    torch.testing.assert_close(y, y_second)
+    assert y.is_contiguous()
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy), torch.autograd.grad(y_second, x, dy))
+    torch.testing.assert_close(last.state_dict(), second.state_dict())
+    if masked and mode == "train":
+        assert not y[~mask].any()
+
+
+def test_channels_in_a_middle_dimension_may_be_masked_with_them_or_without():
+    x, mask = torch.randn(4, 6, 3, 7), torch.rand(4, 6, 7) > 0.4
+    layer = BatchRenorm(3, axis=2)
+    want = BatchRenorm(3)(x.movedim(2, 1), mask).movedim(1, 2)
+    torch.testing.assert_close(layer(x, mask), want)
+    layer.reset_parameters()
+    torch.testing.assert_close(layer(x, mask.unsqueeze(2)), want)
+
+
+def test_an_axis_that_cannot_be_the_channels_is_refused_in_words():
+    with pytest.raises(ValueError, match="0 is that of the samples"):
+        BatchRenorm(3, axis=0)
+    for axis in (3, -3):  # -3 is the samples' here
+        with pytest.raises(ValueError, match=rf"axis={axis} is not one of the channels in input of shape \(4, 5, 3\)"):
+            BatchRenorm(3, axis=axis)(torch.randn(4, 5, 3))
+    with pytest.raises(ValueError, match=r"expected 3 channels in dimension -1, got shape \(4, 3, 5\)"):
+        BatchRenorm(3, axis=-1)(torch.randn(4, 3, 5))
+    with pytest.raises(ValueError, match="BatchNorm has its channels in dimension 1"):
+        revert_batchrenorm(nn.Sequential(BatchRenorm(3, axis=-1)))
+
+
+def test_update_statistics_finds_the_channels_at_their_axis():
+    model, data = nn.Sequential(BatchRenorm(3, axis=-1)), torch.randn(40, 6, 3) * 2 + 1
+    update_statistics(model, data.split(10))
+    torch.testing.assert_close(model[0].running_mean, data.mean((0, 1)))
+
+
 def test_masked_virtual_batches_use_each_its_own_mask():
     x, mask = torch.randn(8, 3, 6), torch.rand(8, 6) > 0.4
     whole = BatchRenorm1d(3, virtual_batch_size=4)(x, mask)
@@ -420,6 +467,19 @@ def test_meta_layers_materialize_to_a_fresh_layer():
     assert layer.running_std.is_meta
     layer.to_empty(device="cpu").reset_parameters()
     assert _same(layer.state_dict(), BatchRenorm2d(3, **OPEN).state_dict())
+
+
+def test_a_parametrized_gamma_is_used_and_trained():
+    class Doubled(nn.Module):
+        def forward(self, gamma):
+            return 2 * gamma
+
+    x = torch.randn(8, 3, 4, 4)
+    plain, layer = BatchRenorm2d(3), BatchRenorm2d(3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())  # moves it out of the layer's parameters
+    torch.testing.assert_close(layer(x), 2 * plain(x))
+    layer(x).sum().backward()
+    assert layer.parametrizations.weight.original.grad is not None
 
 
 def test_functional_call_updates_the_buffers_it_is_given():
