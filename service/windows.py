@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from brn_core.wire import PROBE_FEATURES
+from service import history
 from service.answers.records import State as _State
 from service.answers.records import known as _known
 from service.diagnosis.drift import AFTER_TAUS
@@ -55,7 +56,10 @@ SCALAR_WINDOW_STEPS: Final = 2000
 
 
 def diagnosis(store: Store, run_id: str) -> Diagnosis:
-    """What the rules say of a run now. Computed once for what is stored; the verdict is kept for the list of runs."""
+    """What the rules say of a run now, dated by its history.
+
+    Computed once for what is stored; the verdict is kept for the list of runs.
+    """
     state = _known(store, run_id)
 
     def compute() -> Diagnosis:
@@ -64,7 +68,7 @@ def diagnosis(store: Store, run_id: str) -> Diagnosis:
             store.put_verdict(run_id, found.verdict)
         return found
 
-    return store.diagnoses.get((run_id, *state.cursor), compute)
+    return history.known(store, store.diagnoses.get((run_id, *state.cursor), compute))
 
 
 def window(store: Store, run_id: str) -> Window:
