@@ -59,7 +59,8 @@ class FindingHistory(_Part):
         default=None, description="First step of the stretch in which it has held without an end, or of the last one."
     )
     mark: Mark = Field(
-        default="open", description="What people made of it: `muted` findings send no webhook. It stays over an end."
+        default="open",
+        description="What people made of it: only what is `open` is posted to the webhook. Outlasts an end.",
     )
     note: str = ""
     marked_at: datetime | None = None
@@ -152,13 +153,13 @@ def _distance(finding: Finding) -> float | None:
 
 
 def news(before: Mapping[str, FindingHistory], after: Mapping[str, FindingHistory]) -> list[str]:
-    """Codes that warn now and did not before, and that nobody muted."""
+    """Codes that warn now and did not before, and that nobody has acknowledged or muted."""
 
     def warns(entry: FindingHistory | None) -> bool:
         return entry is not None and entry.present and entry.events[-1].severity in ("warning", "critical")
 
     return [
-        code for code, entry in after.items() if warns(entry) and not warns(before.get(code)) and entry.mark != "muted"
+        code for code, entry in after.items() if warns(entry) and not warns(before.get(code)) and entry.mark == "open"
     ]
 
 

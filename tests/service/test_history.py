@@ -97,13 +97,14 @@ def test_an_info_is_no_news_until_it_warns_and_answers_that_say_nothing_have_no_
     assert heard == [[], ["NH-SMALL"]]
 
 
-def test_what_is_muted_is_no_news_and_keeps_its_history() -> None:
-    muted = {"NH-LAG": history.FindingHistory(code="NH-LAG", present=False, mark="muted", note="known")}
-    found, heard = told(diagnosis(1, finding("NH-LAG")), start=muted)
+@pytest.mark.parametrize("mark", ["acknowledged", "muted"])
+def test_what_someone_has_marked_is_no_news_and_keeps_its_history(mark: history.Mark) -> None:
+    marked = {"NH-LAG": history.FindingHistory(code="NH-LAG", present=False, mark=mark, note="known")}
+    found, heard = told(diagnosis(1, finding("NH-LAG")), diagnosis(2), diagnosis(3, finding("NH-LAG")), start=marked)
 
-    assert heard == [[]]
-    assert events(found, "NH-LAG") == [("appeared", 1, "warning")]
-    assert (found["NH-LAG"].mark, found["NH-LAG"].note) == ("muted", "known")
+    assert heard == [[], [], []]
+    assert [event[0] for event in events(found, "NH-LAG")] == ["appeared", "ended", "appeared"]
+    assert (found["NH-LAG"].mark, found["NH-LAG"].note) == (mark, "known")
 
 
 def test_a_finding_that_flickers_does_not_grow_its_history_without_end() -> None:
