@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from brn_core.wire import PROBE_FEATURES
+from brn_core.wire import PROBE_FEATURES, SCALAR_STEP_TIME
 from service import history
 from service.answers.records import State as _State
 from service.answers.records import stored_run
@@ -29,6 +29,7 @@ from service.diagnosis.window import (
     Opening,
     ProbeRows,
     ScalarRows,
+    StepTimes,
     Window,
 )
 from service.recent import Newest, Recent
@@ -118,6 +119,7 @@ def _window(store: Store, state: _State, recent: Recent) -> Window:
         nonfinite=recent.nonfinite,
         first_sigma_L=recent.first_sigma_L,
         opening=recent.opening,
+        step_times=_step_times(recent),
     )
 
 
@@ -130,7 +132,7 @@ def _bring_up_to_date(store: Store, state: _State, recent: Recent) -> None:
     if recent.tables is None or batches is None:
         store.settle(state.stored.record.id)
         _read(store, state, recent)
-        _look_back(store, state, recent, low=0, broken=True)
+        _look_back(store, state, recent, low=0, broken=True, fresh=False)
     else:
         tables = {name: pa.concat_tables(parts) for name in TABLES if (parts := list(_parts(batches, name, recent)))}
         for name, table in tables.items():
@@ -138,12 +140,21 @@ def _bring_up_to_date(store: Store, state: _State, recent: Recent) -> None:
         low = min((pc.min(table.column("step")).as_py() for table in tables.values()), default=2**63)
         layers = tables.get("layers")
         broken = layers is not None and pc.any(pc.greater(layers.column("nonfinite_channels"), 0)).as_py()
-        _look_back(store, state, recent, low, broken)
+        _look_back(store, state, recent, low, broken, fresh=True)
     recent.measure()
 
 
-def _look_back(store: Store, state: _State, recent: Recent, low: int, broken: bool) -> None:
-    """Asks again what new rows, none before step `low`, can have changed of what lies outside the newest steps."""
+def _look_back(store: Store, state: _State, recent: Recent, low: int, broken: bool, *, fresh: bool) -> None:
+    """Asks again what new rows can have changed of what lies outside the newest steps.
+
+    Args:
+        store: of the run.
+        state: of the run.
+        recent: is brought up to date.
+        low: the new rows' first step.
+        broken: whether any of them has a non-finite channel.
+        fresh: whether the engine may lack some of them.
+    """
     run_id, L, extent = state.stored.record.id, recent.layers, state.extent
     known, until = recent.nonfinite, _opening_end(state)
     ask_nonfinite = broken if known is None else low <= known.step
@@ -153,7 +164,7 @@ def _look_back(store: Store, state: _State, recent: Recent, low: int, broken: bo
         and (extent.last_step or 0) >= until[0]
         and (recent.opening_step is None or recent.opening_step < until[1] or low <= until[1])
     )
-    if ask_nonfinite or ask_sigma or ask_opening:
+    if fresh and (ask_nonfinite or ask_sigma or ask_opening):
         store.settle(run_id)
     if ask_nonfinite:
         recent.nonfinite = _first_nonfinite(store, run_id, L)
@@ -256,6 +267,14 @@ def _scalar_rows(recent: Recent, last_step: int) -> dict[str, ScalarRows]:
             total_T = np.where(present_TK, series.column("value")[begin:], 0.0).sum(1)
             found[name] = ScalarRows(series.steps_T[begin:], total_T / present_TK.sum(1))
     return found
+
+
+def _step_times(recent: Recent) -> StepTimes | None:
+    """Of as many steps as are looked at of the layers."""
+    series = recent.scalars.get(SCALAR_STEP_TIME)
+    if series is None:
+        return None
+    return StepTimes(series.steps_T[-LAYER_WINDOW_STEPS:], series.column("value")[-LAYER_WINDOW_STEPS:])
 
 
 # -------- read from the store
