@@ -119,7 +119,9 @@ def _slow(window: Window) -> Outcome:
     if times is None or times.seconds_TK.shape[1] < 2:
         return Outcome()
     ends = [row + 1 for row in look_rows(times.steps_T) if row + 1 >= LOOK_ROWS]
-    typical_JK = np.array([_typical(times.seconds_TK[end - LOOK_ROWS : end]) for end in ends]).reshape(len(ends), -1)
+    if len(ends) < 2:
+        return Outcome()
+    typical_JK = np.array([_typical(times.seconds_TK[end - LOOK_ROWS : end]) for end in ends])
     with np.errstate(invalid="ignore"):
         ratio_JK = typical_JK / _middle(typical_JK)[:, None]
     held = lasting(times.steps_T[np.array(ends, np.int64) - 1], ratio_JK >= SLOW_RATIO)

@@ -146,6 +146,13 @@ def test_ranks_that_wait_for_each_other_are_not_called_slow_nor_are_those_that_d
         assert named(diagnose(make_window(step_times=times, last_step=299)), "NH-MISSING") is None
 
 
+@pytest.mark.parametrize("steps", [0, 1, 40, 60, 99])
+def test_before_two_looks_no_rank_is_called_slow(make_window: MakeWindow, steps: int) -> None:
+    times = StepTimes(np.arange(steps), np.tile([0.1, 0.1, 1.0], (steps, 1)))
+
+    assert named(diagnose(make_window(step_times=times, last_step=steps)), "NH-MISSING") is None
+
+
 def test_of_two_ranks_the_slower_is_named_and_not_before_two_looks(make_window: MakeWindow) -> None:
     times = step_times(0, ranks=3, waits=False)
     two = StepTimes(times.steps_T, times.seconds_TK[:, 1:])
