@@ -7,7 +7,11 @@ record and a batch each. Then asks one question after the other, each several ti
     python benchmarks/query.py                 # 10 M rows: 185,186 steps of 54 layers
     python benchmarks/query.py --rows 1000000  # a minute
     python benchmarks/query.py --ingest 80000  # while so many rows a second arrive for another run (half the peak)
+    python benchmarks/query.py --live 100000   # instead: how long does it take to refresh the diagnosis of a live run?
     python benchmarks/query.py --save          # also to benchmarks/results/query-DATE.md
+
+A refresh is what the diagnoser does when batches have come: 20 steps of each of 8 ranks and 54 layers are put into the
+store, and then `windows.diagnosis` is timed, in this process and with no HTTP. Its target is 50 ms.
 """
 
 from __future__ import annotations
@@ -37,9 +41,10 @@ import httpx
 import numpy as np
 
 from brn_core import wire
-from brn_core.wire import METRICS, Layer, RunCreate
+from brn_core.wire import METRICS, Layer, RunCreate, Schedule
+from service import windows
 from service.settings import Settings
-from service.store import Store
+from service.store import Batch, Store
 
 if __package__:
     from benchmarks import ingest
@@ -50,6 +55,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = 54
 RUNS = 1000
 BATCH_STEPS = 20
+LIVE_RANKS = 8
 ARRIVING = "arriving"
 """The run that batches arrive for while questions are asked about another one."""
 
@@ -91,7 +97,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30, help="times each question is asked")
     parser.add_argument("--ingest", type=int, default=0, help="rows a second that arrive meanwhile, for another run")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/query-DATE.md too")
+    parser.add_argument("--live", type=int, default=0, metavar="STEPS", help="refresh a run of so many steps instead")
     given = parser.parse_args()
+    if given.live:
+        live(given.live, given.repeats, save=given.save)
+        return
     steps = -(-given.rows // LAYERS)
     with tempfile.TemporaryDirectory(prefix="brn-query-") as folder:
         store = f"chdb://{folder}/store"
@@ -177,6 +187,137 @@ def build(address: str, steps: int) -> None:
         f"""INSERT INTO batches (run_id, rank, seq, layer_rows, first_step, last_step, received_at)
         SELECT concat('run-', toString(number)), 0, 1, 54, 1, 1, now() FROM numbers({RUNS - 1})"""
     )
+    store.close()
+
+
+def live(steps: int, repeats: int, *, save: bool) -> None:
+    """Refreshes of a short and of a long run, each measured in a process that built nothing."""
+    lines = []
+    for length in (2000, steps):
+        with tempfile.TemporaryDirectory(prefix="brn-query-") as folder:
+            store = f"chdb://{folder}/store"
+            for code in (f"build_live({store!r}, {length})", f"refresh({store!r}, {repeats})"):
+                command = [sys.executable, "-c", f"from benchmarks.query import *; {code}"]
+                done = subprocess.run(command, cwd=ROOT, env=_environment(), check=True, stdout=subprocess.PIPE)
+            lines.append(f"| {length:,} | {done.stdout.decode().strip()} |")
+    report = "\n".join(
+        [
+            f"# Refreshing the diagnosis of a live run ({LAYERS} layers, {LIVE_RANKS} ranks)",
+            "",
+            f"`python benchmarks/query.py --live {steps} --repeats {repeats}`, {datetime.now(UTC):%Y-%m-%d}; "
+            f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}, Python {platform.python_version()}. "
+            f"Each refresh takes in {BATCH_STEPS} steps of every rank ({BATCH_STEPS * LIVE_RANKS * LAYERS:,} rows of "
+            "`layers`). Processor time is that of the thread that diagnoses; the engine has threads of its own, which "
+            "nothing is asked of where the number of queries is 0. Target: 50 ms.",
+            "",
+            "| steps stored | first, from the store, ms | p50 ms | p95 ms | processor ms | of it the rules | queries |",
+            "|---|---|---|---|---|---|---|",
+            *lines,
+        ]
+    )
+    print(report)
+    if save:
+        path = ROOT / "benchmarks" / "results" / f"refresh-{datetime.now(UTC):%Y-%m-%d}.md"
+        path.write_text(f"{report}\n")
+        print(f"\nsaved {path.relative_to(ROOT)}")
+
+
+def build_live(address: str, steps: int) -> None:
+    """A run that goes on: layers, probe and scalars of every step and rank, past the opening of its limits."""
+    store = Store(Settings(store=address))
+    layers = tuple(
+        Layer(index=i, name=f"block{i}.bn", kind="BatchRenorm", channels=256, eps=1e-5, momentum=0.01)
+        for i in range(LAYERS)
+    )
+    schedule = Schedule(bn_steps=500, r_steps=1500, d_steps=1500, r_max=3, d_max=5)
+    record = RunCreate(id="bench", name="bench", layers=layers, world_size=LIVE_RANKS, batch_size=32, schedule=schedule)
+    store.put_run(record, "running", datetime.now(UTC))
+    counts = {"dead_channels": "0", "nonfinite_channels": "0", "samples": "32"}
+    columns = ", ".join(metric.name for metric in METRICS)
+    values = ", ".join(
+        counts.get(metric.name, f"{metric.neutral or 0} + rand({i}) / {2**32 * 20}") for i, metric in enumerate(METRICS)
+    )
+
+    def feature(number: int, middle: float, width: float) -> str:
+        drawn = f"cityHash64(step, rank, i, {number}) % 1000003 / 1000003 - 0.5"
+        return f"arrayMap(i -> toFloat32({middle} + {width} * ({drawn})), range({wire.PROBE_FEATURES}))"
+
+    command = store.engine.command
+    for first in range(0, steps, 5000):  # parts of some million rows, as merges of a live run would leave them
+        count = min(5000, steps - first)
+        place = f"{first} + number % {count} AS step, intDiv(number, {count})"
+        ranks = f"(SELECT {place} AS rank FROM numbers({count * LIVE_RANKS}))"
+        command(
+            f"""INSERT INTO layers (run_id, rank, seq, step, layer, {columns})
+            SELECT 'bench', rank, intDiv(step, {BATCH_STEPS}), step, layer, {values} FROM (
+                SELECT {place} % {LAYERS} AS layer, intDiv(number, {count * LAYERS}) AS rank
+                FROM numbers({count * LAYERS * LIVE_RANKS})
+            )"""
+        )
+        command(
+            f"""INSERT INTO probe (run_id, rank, seq, step, samples, mean, var, adjacency)
+            SELECT 'bench', rank, intDiv(step, {BATCH_STEPS}), step, 32,
+                {feature(1, 0, (12 / 32) ** 0.5)}, {feature(2, 1, 0.5)}, {feature(3, 1, 0.5)} FROM {ranks}"""
+        )
+        command(
+            f"""INSERT INTO scalars (run_id, rank, seq, step, name, value)
+            SELECT 'bench', rank, intDiv(step, {BATCH_STEPS}), step, name, 1 + rand(1) / {2**34} FROM (
+                SELECT step, rank, arrayJoin(['loss', '{wire.SCALAR_STEP_TIME}']) AS name FROM {ranks}
+            )"""
+        )
+        command(
+            f"""INSERT INTO scalars (run_id, rank, seq, step, name, value)
+            SELECT 'bench', 0, intDiv(step, {BATCH_STEPS}), step, name, 1 + rand(1) / {2**34} FROM (
+                SELECT {first} + 100 * number AS step,
+                    arrayJoin(['{wire.SCALAR_SHADOW_TRAIN_LOSS}', '{wire.SCALAR_SHADOW_EVAL_LOSS}']) AS name
+                FROM numbers({count // 100})
+            )"""
+        )
+    command(
+        f"""INSERT INTO batches (run_id, rank, seq, layer_rows, first_step, last_step, received_at)
+        SELECT 'bench', number % {LIVE_RANKS}, intDiv(number, {LIVE_RANKS}) AS seq, {BATCH_STEPS * LAYERS},
+            seq * {BATCH_STEPS}, seq * {BATCH_STEPS} + {BATCH_STEPS - 1}, now()
+        FROM numbers({steps // BATCH_STEPS * LIVE_RANKS})"""
+    )
+    store.close()
+
+
+def refresh(address: str, repeats: int) -> None:
+    """Prints the cells of a line of the table: milliseconds, and how often a table of rows was asked."""
+    store = Store(Settings(store=address))
+    run = store.record("bench")
+    assert run is not None
+    diagnose, ask = windows.diagnose, store.engine.rows
+    rules: list[float] = []
+    asked: list[str] = []
+
+    def judged(window: Any) -> Any:
+        began = time.thread_time()
+        try:
+            return diagnose(window)
+        finally:
+            rules.append(time.thread_time() - began)
+
+    def asking(sql: str, **parameters: Any) -> Any:
+        asked.append(sql)
+        return ask(sql, **parameters)
+
+    windows.diagnose, store.engine.rows = judged, asking  # type: ignore[method-assign]
+    took: list[tuple[float, float]] = []
+    for _ in range(repeats + 3):  # the first reads the store; two more make room
+        step = (store.extent("bench").last_step or 0) + 1
+        tables = [ingest.tables(np.random.default_rng(rank), step) for rank in range(LIVE_RANKS)]
+        store.put_batches([Batch(run, rank, step, own) for rank, own in enumerate(tables)])
+        asked.clear()
+        began, worked = time.perf_counter(), time.thread_time()
+        windows.diagnosis(store, "bench")
+        took.append((time.perf_counter() - began, time.thread_time() - worked))
+        queries = sum(bool(re.search(r"FROM (layers|probe|scalars)\b", sql)) for sql in asked)
+    wall, worked_s = 1000 * np.array(took[3:]).T
+    p50, p95 = np.percentile(wall, (50, 95))
+    own = 1000 * float(np.median(rules[3:]))
+    cells = (1000 * took[0][0], p50, p95, float(np.median(worked_s)), own)
+    print(" | ".join(f"{cell:.0f}" for cell in cells), queries, sep=" | ")
     store.close()
 
 

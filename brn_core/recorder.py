@@ -439,7 +439,8 @@ class Recorder:
                 continue
             self._logged.add((code, severity))
             level = logging.ERROR if severity == "critical" else logging.WARNING
-            logger.log(level, "%s: %s See %s/runs/%s", code, finding.get("summary"), self._url, self.run_id)
+            since = f" since step {finding['since']}" if "since" in finding else ""  # an older service does not say
+            logger.log(level, "%s%s: %s See %s/runs/%s", code, since, finding.get("summary"), self._url, self.run_id)
 
     @contextmanager
     def _border(self) -> Iterator[None]:

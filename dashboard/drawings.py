@@ -114,7 +114,7 @@ def causes(store: Store, run_id: str, look: Look) -> go.Figure:
     there = scalar_names(store, run_id)
     names = [name for name, _ in cause_views.SHADOW if name in there]
     shadow = answers.scalars(store, run_id, names, **look.span) if names else None
-    skew = [f.steps[0] for f in windows.diagnosis(store, run_id).findings if f.code == "NH-RANKSKEW"]
+    skew = [f.since for f in windows.diagnosis(store, run_id).findings if f.code == "NH-RANKSKEW"]
     figure = cause_views.causes(
         answer,
         shadow,

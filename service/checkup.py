@@ -158,7 +158,8 @@ def _finding_text(finding: Finding) -> RenderableType:
 
 def _where(finding: Finding) -> str:
     first, last = finding.steps
-    told = [f"step {first}" if first == last else f"steps {first} to {last}"]
+    told = [f"since step {finding.since}"] if finding.since < first else []
+    told += [f"step {first}" if first == last else f"steps {first} to {last}"]
     told += [names(finding.ranks)] if finding.ranks else []
     told += [f"layers {', '.join(finding.layers)}"] if finding.layers else []
     return "; ".join(told)

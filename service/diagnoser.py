@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from service import history, windows
-from service.diagnosis.finding import Diagnosis, Verdict
+from service.diagnosis.finding import Diagnosis, Warned
 from service.errors import NotFound
 from service.store import Store
 from service.webhook import news_of
@@ -65,7 +65,7 @@ class Diagnoser:
             self._due.setdefault(run_id, max(time.monotonic(), self._rest.get(run_id, 0.0)))
             self._wake.notify()
 
-    def warnings(self, run_id: str) -> tuple[Verdict, ...]:
+    def warnings(self, run_id: str) -> tuple[Warned, ...]:
         """The warnings of the newest diagnosis that was computed here, worst first."""
         found = self.latest(run_id)
         return () if found is None else found.warnings()
@@ -93,7 +93,7 @@ class Diagnoser:
 
     def _diagnosed(self, run_id: str) -> Diagnosis:
         found = windows.diagnosis(self._store, run_id)
-        news = history.note(self._store, found)
+        found, news = history.note(self._store, found)
         run = self._store.record(run_id)
         if self._tell is not None and run is not None:
             for code in news:

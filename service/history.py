@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -54,8 +55,12 @@ class FindingHistory(_Part):
     present: bool = Field(description="Whether the newest diagnosis has it.")
     summary: str = Field(default="", description="Its newest sentence.")
     first_step: int | None = Field(default=None, description="First step at which it was ever seen.")
+    since: int | None = Field(
+        default=None, description="First step of the stretch in which it has held without an end, or of the last one."
+    )
     mark: Mark = Field(
-        default="open", description="What people made of it: `muted` findings send no webhook. It stays over an end."
+        default="open",
+        description="What people made of it: only what is `open` is posted to the webhook. Outlasts an end.",
     )
     note: str = ""
     marked_at: datetime | None = None
@@ -87,16 +92,36 @@ def advanced(history: Mapping[str, FindingHistory], diagnosis: Diagnosis, at: da
     found = {finding.code: finding for finding in diagnosis.findings if finding.code in CODES}
     after = dict(history)
     for code in dict.fromkeys((*history, *found)):
-        before = history.get(code) or FindingHistory(code=code, present=False)
-        event = _event(before, found.get(code), diagnosis.step or 0, at)
-        if event is None:
-            continue
-        update: dict[str, object] = {"present": event.what != "ended", "events": (*before.events, event)[-EVENTS:]}
-        if (finding := found.get(code)) is not None:
+        before, finding = history.get(code) or FindingHistory(code=code, present=False), found.get(code)
+        event = _event(before, finding, diagnosis.step or 0, at)
+        update: dict[str, object] = {}
+        if event is not None:
+            update = {"present": event.what != "ended", "events": (*before.events, event)[-EVENTS:]}
+        if finding is not None and (event is not None or _since(before, finding) != before.since):
             first = finding.steps[0] if before.first_step is None else min(before.first_step, finding.steps[0])
-            update |= {"summary": finding.summary, "first_step": first}
-        after[code] = before.model_copy(update=update)
+            update |= {"summary": finding.summary, "first_step": first, "since": _since(before, finding)}
+        if update:
+            after[code] = before.model_copy(update=update)
     return after
+
+
+def _since(before: FindingHistory | None, finding: Finding) -> int:
+    """The first step of a finding that is there now, by what was known of it before."""
+    if before is None or not before.present:  # it begins, maybe once more
+        return finding.steps[0]
+    known = before.first_step if before.since is None else before.since  # older stores have no `since`
+    return finding.steps[0] if known is None else min(known, finding.steps[0])
+
+
+def dated(history: Mapping[str, FindingHistory], diagnosis: Diagnosis) -> Diagnosis:
+    """The diagnosis with the first step of each finding, which its rows alone, the newest ones, may not show."""
+    since = [_since(history.get(finding.code), finding) for finding in diagnosis.findings]
+    if since == [finding.since for finding in diagnosis.findings]:
+        return diagnosis
+    findings = tuple(
+        finding.model_copy(update={"since": first}) for finding, first in zip(diagnosis.findings, since, strict=True)
+    )
+    return diagnosis.model_copy(update={"findings": findings})
 
 
 def _event(before: FindingHistory, finding: Finding | None, step: int, at: datetime) -> Event | None:
@@ -128,13 +153,13 @@ def _distance(finding: Finding) -> float | None:
 
 
 def news(before: Mapping[str, FindingHistory], after: Mapping[str, FindingHistory]) -> list[str]:
-    """Codes that warn now and did not before, and that nobody muted."""
+    """Codes that warn now and did not before, and that nobody has acknowledged or muted."""
 
     def warns(entry: FindingHistory | None) -> bool:
         return entry is not None and entry.present and entry.events[-1].severity in ("warning", "critical")
 
     return [
-        code for code, entry in after.items() if warns(entry) and not warns(before.get(code)) and entry.mark != "muted"
+        code for code, entry in after.items() if warns(entry) and not warns(before.get(code)) and entry.mark == "open"
     ]
 
 
@@ -152,17 +177,22 @@ def of_run(store: Store, run_id: str) -> HistoryAnswer:
     return HistoryAnswer(run=run_id, findings=tuple(_read(store, run_id).values()))
 
 
-def note(store: Store, diagnosis: Diagnosis) -> list[str]:
-    """Takes a new diagnosis into the history of its run; the codes that are news (see `news`)."""
+def known(store: Store, diagnosis: Diagnosis) -> Diagnosis:
+    """The diagnosis as what is stored dates it, see `dated`."""
+    return dated(_read(store, diagnosis.run), diagnosis)
+
+
+def note(store: Store, diagnosis: Diagnosis) -> tuple[Diagnosis, list[str]]:
+    """Takes a new diagnosis into the history of its run; the diagnosis dated, and the codes that are news."""
     at = datetime.now(UTC)
     before = _read(store, diagnosis.run)
     if advanced(before, diagnosis, at) == before:  # as nearly always: holds up no writer
-        return []
+        return dated(before, diagnosis), []
     with store.writing():
         before = _read(store, diagnosis.run)  # someone may have marked one just now
         after = advanced(before, diagnosis, at)
         _write(store, diagnosis.run, after)
-    return news(before, after)
+    return dated(after, diagnosis), news(before, after)
 
 
 def mark(store: Store, run_id: str, code: str, said: FindingMark) -> FindingHistory:
@@ -186,7 +216,12 @@ def mark(store: Store, run_id: str, code: str, said: FindingMark) -> FindingHist
 
 def _read(store: Store, run_id: str) -> History:
     text = store.history(run_id)
-    return {} if text is None else _HISTORY.validate_json(text)
+    return {} if text is None else _parsed(text).copy()
+
+
+@lru_cache(maxsize=256)  # asked for with every diagnosis, and seldom changed
+def _parsed(text: str) -> History:
+    return _HISTORY.validate_json(text)
 
 
 def _write(store: Store, run_id: str, history: History) -> None:

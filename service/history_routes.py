@@ -27,5 +27,5 @@ def get_history(run: RunPath, store: StoreOf) -> HistoryAnswer:
     "/runs/{run}/findings/{code}/mark", summary="Acknowledge or mute a finding", responses=problems(403, 404, 507)
 )
 def mark_finding(run: RunPath, code: Code, body: FindingMark, store: StoreOf) -> FindingHistory:
-    """With a note. A muted finding stays in every answer and sends no webhook; `open` takes the mark back."""
+    """With a note. A marked finding stays in every answer and is not posted to the webhook; `open` takes it back."""
     return history.mark(store, run, code, body)

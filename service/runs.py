@@ -120,6 +120,7 @@ class Runs:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._records: Memo[StoredRun | None] = Memo(size=256)
+        self._histories: Memo[str | None] = Memo(size=256)
         self._changes: dict[str, int] = {}  # of what a run says of itself
         self._listed: dict[str, StoredRun] = {}  # without layers
         self._extents: dict[str, Extent] = {}
@@ -198,15 +199,22 @@ class Runs:
 
     def history(self, run_id: str) -> str | None:
         """The history of a run's findings, as it was put; None where there is none."""
-        sql = "SELECT history FROM histories FINAL WHERE run_id = {run:String}"
-        found = self._engine.rows(sql, run=run_id).column("history").to_pylist()
-        return found[0] if found else None
+
+        def read() -> str | None:
+            sql = "SELECT history FROM histories FINAL WHERE run_id = {run:String}"
+            found = self._engine.rows(sql, run=run_id).column("history").to_pylist()
+            return found[0] if found else None
+
+        if not self._engine.embedded:
+            return read()
+        return self._histories.get((run_id, self._changes.get(run_id, 0)), read)
 
     def put_history(self, run_id: str, history: str) -> None:
         """Stores the history of a run's findings in place of the one before, unless its run was deleted meanwhile."""
         if self.record(run_id) is not None:
             row = {"run_id": run_id, "version": time.time_ns(), "history": history}
             self._engine.insert("histories", pa.Table.from_pylist([row], schema=_HISTORIES))
+            self.changed(run_id)
 
     def mark_deleted(self, run_ids: Collection[str]) -> None:
         """From here on these runs do not exist."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, WithJsonSchema
 
 from brn_core.wire import METRICS, Layer, RunCreate, RunStatus
-from service.diagnosis.finding import Diagnosis, Verdict
+from service.diagnosis.finding import Diagnosis, Verdict, Warned
 
 DIGITS: Final = 6
 """Significant digits of numbers in JSON: a float32 has 7, a plot shows 3. Arrow and exports have all of them."""
@@ -408,7 +408,7 @@ class Accepted(_Answer):
     rows: int
     duplicate: bool = Field(description="True where this (run, rank, seq) was stored before: nothing was added.")
     verdict: Verdict
-    findings: tuple[Verdict, ...] = Field(
+    findings: tuple[Warned, ...] = Field(
         description="Every warning of the newest diagnosis, worst first; empty until this process has made one."
     )
 

@@ -5,6 +5,7 @@ tables     their statements, and the way from older versions
 runs       what each run says of itself, and how far its rows reach
 journal    batches on disk before the engine has them (embedded)
 batches    taken, each once, and brought into the engine
+recent     the newest rows of live runs, kept in memory for their diagnosis
 removal    deleted runs, old steps
 """
 
@@ -26,6 +27,7 @@ from service.engine import Engine, beside, cannot_start
 from service.errors import ServiceError, StoreFull
 from service.journal import Journal
 from service.memo import Memo
+from service.recent import RecentRuns
 from service.removal import Removal
 from service.runs import Extent, Runs, StoredRun
 from service.settings import Settings
@@ -46,6 +48,7 @@ class Store:
     def __init__(self, settings: Settings) -> None:
         self.engine = Engine(settings)
         self.diagnoses: Memo[Diagnosis] = Memo(size=256)
+        self.recent = RecentRuns()
         self.listed: Memo[Any] = Memo(size=2048)  # runs as they are listed, see `answers.records`
         self._path = settings.store_path
         self._min_free_bytes = settings.min_free_bytes
@@ -151,7 +154,9 @@ class Store:
             StoreFull, Unavailable: none of them is acknowledged; sent again they are stored, each once.
         """
         self._check_space()
-        return self._taken.put(batches)
+        outcomes = self._taken.put(batches)
+        self.recent.offer([batch for batch, outcome in zip(batches, outcomes, strict=True) if outcome == "stored"])
+        return outcomes
 
     def delete_runs(self, run_ids: Collection[str]) -> None:
         """Deletes runs and all their rows. From the first moment on nothing of them can be seen or added.
@@ -161,6 +166,8 @@ class Store:
         with self.writing():
             self._removal.expect(run_ids)
             self._taken.forget(run_ids)
+        for run_id in run_ids:
+            self.recent.forget(run_id)
         self._removal.remove(run_ids)
 
     def thin(self, run_id: str, before: datetime, every: int) -> int | None:

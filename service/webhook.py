@@ -102,6 +102,7 @@ def news_of(diagnosis: Diagnosis, name: str, code: str) -> dict[str, object]:
         "code": code,
         "severity": finding.severity,
         "summary": finding.summary,
+        "since": finding.since,
         "steps": list(finding.steps),
         "remedy": None if remedy is None else {"text": remedy.text, "code": remedy.code},
         "findings": f"/v1/runs/{diagnosis.run}/findings",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from brn_core.wire import PROBE_FEATURES
+from brn_core.wire import PROBE_FEATURES, SCALAR_STEP_TIME
+from service import history
 from service.answers.records import State as _State
-from service.answers.records import known as _known
+from service.answers.records import stored_run
 from service.diagnosis.drift import AFTER_TAUS
 from service.diagnosis.estimate import LOOK_ROWS
 from service.diagnosis.finding import Diagnosis
@@ -27,9 +29,16 @@ from service.diagnosis.window import (
     Opening,
     ProbeRows,
     ScalarRows,
+    StepTimes,
     Window,
 )
-from service.store import Extent, Store
+from service.recent import Newest, Recent
+from service.store import Batch, Extent, Store
+
+TABLES: Final = ("probe", "layers", "scalars")
+"""Those that are looked at."""
+
+PROBE_COLUMNS: Final = ("samples", "mean", "var", "adjacency")
 
 PROBE_WINDOW_STEPS: Final = 2000
 """Newest recorded steps of the input probe that a diagnosis looks at (the evidence of a stream adds up slowly)."""
@@ -55,27 +64,45 @@ SCALAR_WINDOW_STEPS: Final = 2000
 
 
 def diagnosis(store: Store, run_id: str) -> Diagnosis:
-    """What the rules say of a run now. Computed once for what is stored; the verdict is kept for the list of runs."""
-    state = _known(store, run_id)
+    """What the rules say of a run now, dated by its history.
+
+    Computed once for what is stored; the verdict is kept for the list of runs. Of a running run that this process
+    alone writes the rows stay in memory: from one diagnosis to the next only what came since is taken in.
+    """
+    state = _State(stored_run(store, run_id), store.extent(run_id))
+    if state.stored.status == "running" and store.engine.embedded:
+        recent = store.recent.of(run_id, (state.stored.created_at, state.stored.changed_at), *_places(state))
+    else:
+        store.recent.forget(run_id)
+        recent = Recent(None, *_places(state))
 
     def compute() -> Diagnosis:
-        found = diagnose(_window(store, state))
+        with recent.lock:
+            found = diagnose(_window(store, state, recent))
         if found.verdict != state.stored.verdict:
             store.put_verdict(run_id, found.verdict)
         return found
 
-    return store.diagnoses.get((run_id, *state.cursor), compute)
+    return history.known(store, store.diagnoses.get((run_id, *state.cursor, recent.version), compute))
 
 
 def window(store: Store, run_id: str) -> Window:
     """The rows a diagnosis of a run looks at: the newest recorded steps, oldest first, as arrays."""
-    return _window(store, _known(store, run_id))
+    state = _State(stored_run(store, run_id), store.extent(run_id))
+    return _window(store, state, Recent(None, *_places(state)))
 
 
-def _window(store: Store, state: _State) -> Window:
+def _places(state: _State) -> tuple[int, int]:
+    """Ranks and layers of a run."""
+    run = state.stored.record
+    return max(run.world_size, (state.extent.last_rank or 0) + 1), len(run.layers)
+
+
+def _window(store: Store, state: _State, recent: Recent) -> Window:
     run, extent = state.stored.record, state.extent
-    K = max(run.world_size, (extent.last_rank or 0) + 1)
-    L = len(run.layers)
+    _bring_up_to_date(store, state, recent)
+    assert recent.tables is not None
+    probe, layers = recent.tables["probe"], recent.tables["layers"]
     return Window(
         run=run.id,
         status=state.stored.status,
@@ -86,13 +113,171 @@ def _window(store: Store, state: _State) -> Window:
         config=dict(run.config),
         layers=run.layers,
         last_step=extent.last_step,
-        probe=_probe_rows(store, state, K),
-        rows=_layer_rows(store, run.id, K, L, _newest_from(store, state, "layers", LAYER_WINDOW_STEPS, K * L)),
-        scalars=_scalar_rows(store, state),
-        nonfinite=_first_nonfinite(store, run.id, L),
-        first_sigma_L=_first_sigma(store, run.id, extent, L),
-        opening=_opening(store, state, K, L),
+        probe=ProbeRows(probe.steps_T, *(probe.column(name) for name in PROBE_COLUMNS)),
+        rows=LayerRows(layers.steps_T, {name: layers.column(name) for name in LAYER_COLUMNS}),
+        scalars=_scalar_rows(recent, extent.last_step or 0),
+        nonfinite=recent.nonfinite,
+        first_sigma_L=recent.first_sigma_L,
+        opening=recent.opening,
+        step_times=_step_times(recent),
     )
+
+
+# -------- the newest rows, kept current
+
+
+def _bring_up_to_date(store: Store, state: _State, recent: Recent) -> None:
+    """Takes in what came since the last time, or reads it all the first time; then looks back where it has to."""
+    batches = recent.arrived()
+    if recent.tables is None or batches is None:
+        store.settle(state.stored.record.id)
+        _read(store, state, recent)
+        _look_back(store, state, recent, low=0, broken=True, fresh=False)
+    else:
+        tables = {name: pa.concat_tables(parts) for name in TABLES if (parts := list(_parts(batches, name, recent)))}
+        for name, table in tables.items():
+            _take(recent, name, table)
+        low = min((pc.min(table.column("step")).as_py() for table in tables.values()), default=2**63)
+        layers = tables.get("layers")
+        broken = layers is not None and pc.any(pc.greater(layers.column("nonfinite_channels"), 0)).as_py()
+        _look_back(store, state, recent, low, broken, fresh=True)
+    recent.measure()
+
+
+def _look_back(store: Store, state: _State, recent: Recent, low: int, broken: bool, *, fresh: bool) -> None:
+    """Asks again what new rows can have changed of what lies outside the newest steps.
+
+    Args:
+        store: of the run.
+        state: of the run.
+        recent: is brought up to date.
+        low: the new rows' first step.
+        broken: whether any of them has a non-finite channel.
+        fresh: whether the engine may lack some of them.
+    """
+    run_id, L, extent = state.stored.record.id, recent.layers, state.extent
+    known, until = recent.nonfinite, _opening_end(state)
+    ask_nonfinite = broken if known is None else low <= known.step
+    ask_sigma = low <= (extent.first_step or 0) + FIRST_STEPS
+    ask_opening = (
+        until is not None
+        and (extent.last_step or 0) >= until[0]
+        and (recent.opening_step is None or recent.opening_step < until[1] or low <= until[1])
+    )
+    if fresh and (ask_nonfinite or ask_sigma or ask_opening):
+        store.settle(run_id)
+    if ask_nonfinite:
+        recent.nonfinite = _first_nonfinite(store, run_id, L)
+    if ask_sigma:
+        recent.first_sigma_L = _first_sigma(store, run_id, extent, L)
+    if ask_opening:
+        recent.opening = _opening(store, state, recent.ranks, L)
+        recent.opening_step = extent.last_step
+
+
+def _read(store: Store, state: _State, recent: Recent) -> None:
+    """All of the newest rows, from the store."""
+    K, L, run_id = recent.ranks, recent.layers, state.stored.record.id
+    features = dict.fromkeys(PROBE_COLUMNS[1:], (PROBE_FEATURES,))
+    probe = Newest(_most_steps(PROBE_WINDOW_STEPS, K), (K,), {"samples": (), **features})
+    layers = Newest(_most_steps(LAYER_WINDOW_STEPS, K * L), (K, L), dict.fromkeys(LAYER_COLUMNS, ()))
+    recent.tables, recent.scalars = {"probe": probe, "layers": layers}, {}
+    recent.opening = recent.opening_step = None
+    for name, columns, steps, rows_a_step in (
+        ("probe", PROBE_COLUMNS, PROBE_WINDOW_STEPS, K),
+        ("layers", ("layer", *LAYER_COLUMNS), LAYER_WINDOW_STEPS, K * L),
+    ):
+        table = store.engine.rows(
+            f"""
+            SELECT step, rank, seq, {", ".join(columns)} FROM {name}
+            WHERE run_id = {{run:String}} AND step >= {{begin:UInt64}} ORDER BY seq
+            """,
+            run=run_id,
+            begin=_newest_from(store, state, name, steps, rows_a_step),
+        )
+        _take(recent, name, table)
+    scalars = store.engine.rows(
+        f"""
+        SELECT step, rank, newest AS seq, name, value FROM (
+            SELECT name, rank, step, max(seq) AS newest, argMax(value, seq) AS value FROM scalars
+            WHERE run_id = {{run:String}} AND (
+                startsWith(name, 'brn/shadow_')
+                OR (startsWith(name, 'brn/') OR startsWith(name, 'loss')) AND step >= {{begin:UInt64}}
+            )
+            GROUP BY name, rank, step
+        ) ORDER BY name, step DESC LIMIT {K * SCALAR_WINDOW_STEPS} BY name
+        """,
+        run=run_id,
+        begin=_scalars_from(state.extent.last_step or 0),
+    )
+    _take(recent, "scalars", scalars)
+
+
+def _parts(batches: Sequence[Batch], name: str, recent: Recent) -> Iterator[pa.Table]:
+    """A table of some batches, as it is read from the store."""
+    for batch in batches:
+        table = batch.tables.get(name)
+        if table is not None and batch.rank < recent.ranks:  # a later rank gets a place with the next diagnosis
+            table = table.append_column("rank", pa.array(np.full(table.num_rows, batch.rank)))
+            yield table.append_column("seq", pa.array(np.full(table.num_rows, batch.seq)))
+
+
+def _take(recent: Recent, name: str, table: pa.Table) -> None:
+    """Takes rows of a table in, which stand in the order of their batches."""
+    assert recent.tables is not None
+    if name == "layers":
+        table = table.filter(pc.less(table.column("layer"), recent.layers))
+    if name == "scalars":
+        for own in pc.unique(table.column("name")).to_pylist():
+            if own.startswith(("brn/", "loss")):
+                series = recent.scalars.setdefault(own, Newest(SCALAR_WINDOW_STEPS, (recent.ranks,), {"value": ()}))
+                _place(series, table.filter(pc.equal(table.column("name"), own)), ("value",))
+        return
+    _place(recent.tables[name], table, PROBE_COLUMNS if name == "probe" else LAYER_COLUMNS)
+
+
+def _place(into: Newest, table: pa.Table, columns: Sequence[str]) -> None:
+    whole = {name: table.column(name).to_numpy().astype(np.int64) for name in ("step", "rank", "seq")}
+    place = [whole["rank"], table.column("layer").to_numpy()] if "layer" in table.column_names else [whole["rank"]]
+    into.take(whole["step"], tuple(place), whole["seq"], {name: _values(table.column(name)) for name in columns})
+
+
+def _values(column: pa.ChunkedArray) -> Floats:
+    """(N,) of a column, or (N, F) of one of lists."""
+    if pa.types.is_list(column.type):
+        flat: Floats = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return flat.reshape(-1, PROBE_FEATURES)
+    return np.asarray(column.to_numpy(), np.float64)
+
+
+def _scalars_from(last_step: int) -> int:
+    """The step before which no scalar is looked at, but those of the shadow pass."""
+    return max(0, last_step - 20 * SCALAR_WINDOW_STEPS)
+
+
+def _scalar_rows(recent: Recent, last_step: int) -> dict[str, ScalarRows]:
+    """Our own scalars (`brn/...`) and the user's that begin with `loss`, mean over ranks."""
+    found = {}
+    for name, series in sorted(recent.scalars.items()):
+        begin = 0
+        if not name.startswith("brn/shadow_"):
+            begin = int(np.searchsorted(series.steps_T, _scalars_from(last_step)))
+        present_TK = series.present[begin:]
+        if len(present_TK):
+            total_T = np.where(present_TK, series.column("value")[begin:], 0.0).sum(1)
+            found[name] = ScalarRows(series.steps_T[begin:], total_T / present_TK.sum(1))
+    return found
+
+
+def _step_times(recent: Recent) -> StepTimes | None:
+    """Of as many steps as are looked at of the layers."""
+    series = recent.scalars.get(SCALAR_STEP_TIME)
+    if series is None:
+        return None
+    return StepTimes(series.steps_T[-LAYER_WINDOW_STEPS:], series.column("value")[-LAYER_WINDOW_STEPS:])
+
+
+# -------- read from the store
 
 
 def _newest_from(store: Store, state: _State, table: str, steps: int, rows_a_step: int) -> int:
@@ -134,62 +319,23 @@ def _newest_steps(store: Store, run_id: str, table: str, count: int, first: int,
         span *= 8
 
 
-def _probe_rows(store: Store, state: _State, K: int) -> ProbeRows:
-    table = store.engine.rows(
-        """
-        SELECT step, rank, samples, mean, var, adjacency FROM probe
-        WHERE run_id = {run:String} AND step >= {begin:UInt64} ORDER BY step, seq
-        """,
-        run=state.stored.record.id,
-        begin=_newest_from(store, state, "probe", PROBE_WINDOW_STEPS, K),
-    )
-    steps_T, at = np.unique(table.column("step").to_numpy().astype(np.int64), return_inverse=True)
-    rank = table.column("rank").to_numpy()
-
-    def vectors(name: str) -> Floats:
-        values_TKF = np.full((len(steps_T), K, PROBE_FEATURES), np.nan)
-        flat = table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        values_TKF[at, rank] = flat.reshape(-1, PROBE_FEATURES)
-        return values_TKF
-
-    samples_TK = np.full((len(steps_T), K), np.nan)
-    samples_TK[at, rank] = table.column("samples").to_numpy()
-    return ProbeRows(steps_T, samples_TK, vectors("mean"), vectors("var"), vectors("adjacency"))
-
-
-def _layer_rows(
-    store: Store,
-    run_id: str,
-    K: int,
-    L: int,
-    begin: int,
-    only_T: Ints | None = None,
-    names: Sequence[str] = LAYER_COLUMNS,
-) -> LayerRows:
-    """Rows of the steps from `begin` on, or `only_T` of them.
-
-    Later batches come last, so that a step sent twice (a run that went on from a checkpoint) ends up with its
-    newer rows.
-    """
-    some = "" if only_T is None else f"AND step IN ({', '.join(map(str, only_T))})"
-    table = store.engine.rows(
-        f"""
-        SELECT step, rank, layer, {", ".join(names)} FROM layers
-        WHERE run_id = {{run:String}} AND step >= {{begin:UInt64}} {some}
-        ORDER BY step, seq
-        """,
-        run=run_id,
-        begin=begin,
-    )
-    table = table.filter(pc.less(table.column("layer"), L))
-    steps_T, at = np.unique(table.column("step").to_numpy().astype(np.int64), return_inverse=True)
-    rank, layer = table.column("rank").to_numpy(), table.column("layer").to_numpy()
-    columns = {}
-    for name in names:
-        values_TKL = np.full((len(steps_T), K, L), np.nan)
-        values_TKL[at, rank, layer] = table.column(name).to_numpy()
-        columns[name] = values_TKL
-    return LayerRows(steps_T, columns)
+def _opening_rows(store: Store, run_id: str, K: int, L: int, only_T: Ints) -> LayerRows:
+    """Rows of some steps; of a step sent twice (a run that went on from a checkpoint) the newer ones."""
+    rows = Newest(max(1, len(only_T)), (K, L), dict.fromkeys(OPENING_COLUMNS, ()))
+    if len(only_T):
+        table = store.engine.rows(
+            f"""
+            SELECT step, rank, seq, layer, {", ".join(OPENING_COLUMNS)} FROM layers
+            WHERE run_id = {{run:String}} AND layer < {{layers:UInt32}} AND step >= {{begin:UInt64}}
+                AND step IN ({", ".join(map(str, only_T))})
+            ORDER BY seq
+            """,
+            run=run_id,
+            layers=L,
+            begin=int(only_T[0]),
+        )
+        _place(rows, table, OPENING_COLUMNS)
+    return LayerRows(rows.steps_T, {name: rows.column(name) for name in OPENING_COLUMNS})
 
 
 def _first_sigma(store: Store, run_id: str, extent: Extent, L: int) -> Floats:
@@ -211,21 +357,28 @@ def _first_sigma(store: Store, run_id: str, extent: Extent, L: int) -> Floats:
     return first_L
 
 
-def _opening(store: Store, state: _State, K: int, L: int) -> Opening | None:
-    """What is stored of the steps around which the schedule opened the limits; None before, or where it never does."""
-    run, newest = state.stored.record, state.extent.last_step
+def _opening_end(state: _State) -> tuple[int, int] | None:
+    """The step at which the schedule opens the limits, and the last one that is looked at because of it; None where it
+    never does.
+    """
+    run = state.stored.record
     schedule = run.schedule
-    renorm = any(layer.kind == "BatchRenorm" for layer in run.layers)
-    if schedule is None or not renorm or newest is None or newest < schedule.bn_steps:
+    if schedule is None or not any(layer.kind == "BatchRenorm" for layer in run.layers):
         return None
     if schedule.r_max <= 1 and schedule.d_max <= 0:
         return None
+    return schedule.bn_steps, schedule.bn_steps + round(AFTER_TAUS * max(time_constant(layer) for layer in run.layers))
+
+
+def _opening(store: Store, state: _State, K: int, L: int) -> Opening:
+    """What is stored of the steps around which the schedule opened the limits, as it has."""
+    run, newest, end = state.stored.record, state.extent.last_step, _opening_end(state)
+    assert newest is not None
+    assert end is not None
+    opened, until = end
     tau = max(time_constant(layer) for layer in run.layers)
-    opened = schedule.bn_steps
-    begin = max(0, opened - round(WARM_TAUS * tau) - 100)
-    end = min(newest, opened + round(AFTER_TAUS * tau))
-    only_T = _around(store, state, opened, end, tau, _most_steps(OPENING_STEPS, K * L))
-    rows = _layer_rows(store, run.id, K, L, int(only_T[0]) if len(only_T) else newest + 1, only_T, OPENING_COLUMNS)
+    begin, until = max(0, opened - round(WARM_TAUS * tau) - 100), min(newest, until)
+    only_T = _around(store, state, opened, until, tau, _most_steps(OPENING_STEPS, K * L))
     loss = store.engine.rows(
         """
         SELECT step, avg(value) AS value FROM (
@@ -236,11 +389,11 @@ def _opening(store: Store, state: _State, K: int, L: int) -> Opening | None:
         """,
         run=run.id,
         begin=begin,
-        end=end,
+        end=until,
     )
     return Opening(
         step=opened,
-        rows=rows,
+        rows=_opening_rows(store, run.id, K, L, only_T),
         loss=ScalarRows(loss.column("step").to_numpy().astype(np.int64), loss.column("value").to_numpy()),
     )
 
@@ -263,32 +416,6 @@ def _around(store: Store, state: _State, opened: int, end: int, tau: float, most
 
 def _stride(rows: int, most: int) -> int:
     return max(1, math.ceil(rows / most))
-
-
-def _scalar_rows(store: Store, state: _State) -> dict[str, ScalarRows]:
-    """Our own scalars (`brn/...`) and the user's that begin with `loss`, mean over ranks."""
-    table = store.engine.rows(
-        f"""
-        SELECT name, groupArray(step) AS steps, groupArray(value) AS values FROM (
-            SELECT name, step, avg(value) AS value FROM (
-                SELECT name, rank, step, argMax(value, seq) AS value FROM scalars
-                WHERE run_id = {{run:String}} AND (
-                    startsWith(name, 'brn/shadow_')
-                    OR (startsWith(name, 'brn/') OR startsWith(name, 'loss')) AND step >= {{begin:UInt64}}
-                )
-                GROUP BY name, rank, step
-            ) GROUP BY name, step ORDER BY name, step DESC LIMIT {SCALAR_WINDOW_STEPS} BY name
-        ) GROUP BY name ORDER BY name
-        """,
-        run=state.stored.record.id,
-        begin=max(0, (state.extent.last_step or 0) - 20 * SCALAR_WINDOW_STEPS),
-    )
-    found = {}
-    for row in table.to_pylist():
-        steps_T = np.asarray(row["steps"], dtype=np.int64)
-        order = np.argsort(steps_T)
-        found[row["name"]] = ScalarRows(steps_T[order], np.asarray(row["values"], dtype=np.float64)[order])
-    return found
 
 
 def _first_nonfinite(store: Store, run_id: str, L: int) -> NonFinite | None:

@@ -44,7 +44,12 @@ class Finding(_Part):
     layers: tuple[str, ...] = Field(default=(), description="Layer names concerned; empty: none in particular.")
     steps: tuple[int, int] = Field(
         description="First and last step at which it was seen, among the newest that are looked at (2000 recorded "
-        "steps of the input probe, 400 of the layers): it may be older. Its history has the `first_step` ever."
+        "steps of the input probe, 400 of the layers): it may be older, see `since`."
+    )
+    since: int = Field(
+        default_factory=lambda given: given["steps"][0],
+        description="First step of the stretch in which it has held without an end, as the run's history knows it; "
+        "where it has none, as for a run that was never seen live, the first of `steps`.",
     )
 
 
@@ -56,6 +61,12 @@ class Verdict(_Part):
     summary: str
 
 
+class Warned(Verdict):
+    """A finding that warns, in one line."""
+
+    since: int = Field(description="As in the finding.")
+
+
 class Diagnosis(_Part):
     """All there is to say of a run at `step`; `findings` is never empty (HEALTHY, WARMUP, NO_DATA are answers)."""
 
@@ -64,10 +75,10 @@ class Diagnosis(_Part):
     verdict: Verdict
     findings: tuple[Finding, ...]
 
-    def warnings(self) -> tuple[Verdict, ...]:
+    def warnings(self) -> tuple[Warned, ...]:
         """Its findings that warn, each in a line, worst first."""
         return tuple(
-            Verdict(code=finding.code, severity=finding.severity, summary=finding.summary)
+            Warned(code=finding.code, severity=finding.severity, summary=finding.summary, since=finding.since)
             for severity in ("critical", "warning")
             for finding in self.findings
             if finding.severity == severity

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from brn_core.wire import SCALAR_STEP_TIME
-from service.diagnosis.estimate import LOOK_ROWS, MIN_STEPS, spacing
+from service.diagnosis.estimate import LOOK_ROWS, MIN_STEPS, look_rows, spacing
 from service.diagnosis.finding import Evidence, Finding, Remedy
 from service.diagnosis.looks import lasting, looks, of_layers, together, too_young, warm, worst_first
 from service.diagnosis.outcome import Outcome, names, query
@@ -26,6 +26,8 @@ DEAD_WARNING = 0.1
 SILENT_SECONDS = 30.0
 """A rank is silent once it is behind by `SILENT_ROWS` and, as far as step times are known, this many seconds."""
 LOST_SHARE = 0.05
+SLOW_RATIO = 1.5
+"""A rank is slow when its steps take so many times those of the rank in the middle."""
 UNEVEN_SHARE = 0.1
 UNEVEN_TINY = 4
 """Samples below which a small batch among larger ones is a warning."""
@@ -75,7 +77,13 @@ def dead(window: Window) -> Outcome:
 
 
 def missing(window: Window) -> Outcome:
-    """NH-MISSING: does a rank send nothing, or only a part of its rows?"""
+    """NH-MISSING: does a rank send nothing, or only a part of its rows, or is it slower than the others?"""
+    found = _absent(window)
+    return found if found.findings else _slow(window)
+
+
+def _absent(window: Window) -> Outcome:
+    """Ranks that sent nothing lately, else those that lost rows."""
     steps_T, have_TK = _arrivals(window)
     if window.world_size < 2 or len(steps_T) <= SILENT_ROWS:
         return Outcome()
@@ -100,6 +108,66 @@ def missing(window: Window) -> Outcome:
     share = float(lost_K.max())
     first = int(steps_T[min(int((~have_TK[begin_K[k] :, k]).argmax()) + begin_K[k] for k in lossy)])
     return Outcome((_missing_finding(window, lossy, f"lost up to {share:.0%} of their rows", share, steps_T, first),))
+
+
+def _slow(window: Window) -> Outcome:
+    """Ranks whose steps take longer than those of the rank in the middle, of two ranks the faster.
+
+    Ranks that wait for each other in every step all measure the slowest one's time: then none is found.
+    """
+    times = window.step_times
+    if times is None or times.seconds_TK.shape[1] < 2:
+        return Outcome()
+    ends = [row + 1 for row in look_rows(times.steps_T) if row + 1 >= LOOK_ROWS]
+    if len(ends) < 2:
+        return Outcome()
+    typical_JK = np.array([_typical(times.seconds_TK[end - LOOK_ROWS : end]) for end in ends])
+    with np.errstate(invalid="ignore"):
+        ratio_JK = typical_JK / _middle(typical_JK)[:, None]
+    held = lasting(times.steps_T[np.array(ends, np.int64) - 1], ratio_JK >= SLOW_RATIO)
+    if held is None:
+        return Outcome()
+    slow = tuple(int(k) for k in np.flatnonzero(held.layers_L))
+    worst = max(slow, key=lambda k: float(ratio_JK[-1, k]))
+    own, ratio = float(typical_JK[-1, worst]), float(ratio_JK[-1, worst])
+    finding = Finding(
+        code="NH-MISSING",
+        severity="warning",
+        summary=(
+            f"{names(slow).capitalize()} {'takes' if len(slow) == 1 else 'take up to'} {ratio:.2g} times as long for a "
+            f"step as the rank in the middle ({1000 * own:.3g} against {1000 * own / ratio:.3g} ms): they drift "
+            "apart, or the others wait."
+        ),
+        evidence=Evidence(
+            statistic="median step time over that of the rank in the middle",
+            value=ratio,
+            threshold=SLOW_RATIO,
+            steps_used=LOOK_ROWS,
+            query=query(window.run, "scalars", name=SCALAR_STEP_TIME, rank=worst),
+        ),
+        remedy=Remedy(
+            text="Look at that rank's data loading, its device's clock and temperature, and what else its host does.",
+            code="nvidia-smi --query-gpu=index,clocks.sm,temperature.gpu,utilization.gpu --format=csv",
+        ),
+        ranks=slow,
+        steps=held.steps,
+    )
+    return Outcome((finding,))
+
+
+def _typical(seconds_WK: Floats) -> Floats:
+    """(K,) median step time, which an evaluation or a checkpoint now and then does not move; NaN where too few came."""
+    enough_K = np.isfinite(seconds_WK).sum(0) >= MIN_STEPS
+    typical_K = np.full(seconds_WK.shape[1], np.nan)
+    typical_K[enough_K] = np.nanmedian(seconds_WK[:, enough_K], axis=0)
+    return typical_K
+
+
+def _middle(typical_JK: Floats) -> Floats:
+    """(J,) the middle rank's step time, the lower of two; NaN with fewer than two ranks."""
+    known_J = np.isfinite(typical_JK).sum(1)
+    middle_J = np.sort(typical_JK, axis=1)[np.arange(len(typical_JK)), np.maximum(known_J - 1, 0) // 2]
+    return np.where(known_J >= 2, middle_J, np.nan)
 
 
 def _arrivals(window: Window) -> tuple[Ints, np.ndarray[tuple[int, int], np.dtype[np.bool_]]]:

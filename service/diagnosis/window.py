@@ -56,6 +56,14 @@ class ScalarRows:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Seconds between two of each rank's steps, as it measured them, oldest first; NaN where it sent none."""
+
+    steps_T: Ints
+    seconds_TK: Floats
+
+
+@dataclass(frozen=True, slots=True)
 class Opening:
     """The rows and losses around the step at which the limits of Batch Renorm opened, thinned where they are many.
 
@@ -82,7 +90,7 @@ class Window:
     """Everything the rules may look at for one run.
 
     `first_sigma_L` is each layer's mean sigma_B over the first recorded steps, NaN where it has no row there; `opening`
-    is None where no schedule opens limits or the run has not come so far.
+    is None where no schedule opens limits or the run has not come so far; `step_times` where no rank sent any.
     """
 
     run: str
@@ -100,3 +108,4 @@ class Window:
     nonfinite: NonFinite | None
     first_sigma_L: Floats
     opening: Opening | None
+    step_times: StepTimes | None = None

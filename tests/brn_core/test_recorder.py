@@ -545,7 +545,9 @@ def test_each_finding_is_logged_once_by_its_severity(record, service, caplog):
     recorder = record(nn.Linear(1, 1), service.url)
 
     def found(*findings):
-        service.findings = [dict(zip(("code", "severity", "summary"), finding, strict=True)) for finding in findings]
+        service.findings = [
+            dict(zip(("code", "severity", "summary", "since"), finding, strict=False)) for finding in findings
+        ]
         known = len(service.batches)
         recorder.step(1.0)
         eventually(lambda: len(service.batches) > known)
@@ -556,7 +558,7 @@ def test_each_finding_is_logged_once_by_its_severity(record, service, caplog):
         found(("NH-CLUSTER", "warning", "Batches are clustered."))
         found(("NH-CLUSTER", "warning", "Batches are clustered, still."))
         found(("NH-GAP", "critical", "Inference is worse."), ("NH-CLUSTER", "warning", "Batches are clustered, again."))
-        found(("NH-GAP", "critical", "Inference is worse, again."), ("NH-LAG", "warning", "Statistics trail."))
+        found(("NH-GAP", "critical", "Inference is worse, again."), ("NH-LAG", "warning", "Statistics trail.", 7))
         found(("NH-CLUSTER", "critical", "Batches are clustered, and it costs."))
         recorder.close()
     lines = [(r.levelname, r.getMessage()) for r in caplog.records if "NH-" in r.getMessage()]
@@ -564,7 +566,7 @@ def test_each_finding_is_logged_once_by_its_severity(record, service, caplog):
     assert lines == [
         ("WARNING", f"NH-CLUSTER: Batches are clustered. {where}"),
         ("ERROR", f"NH-GAP: Inference is worse. {where}"),
-        ("WARNING", f"NH-LAG: Statistics trail. {where}"),
+        ("WARNING", f"NH-LAG since step 7: Statistics trail. {where}"),
         ("ERROR", f"NH-CLUSTER: Batches are clustered, and it costs. {where}"),
     ]
 

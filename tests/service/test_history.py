@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import httpx
+import pyarrow as pa
 import pytest
-from synthetic import clustered_tables, run_record
+from rich.console import Console
+from synthetic import clustered_tables, probe_rows, run_record, send
 
-from service import history
+from service import history, windows
+from service.checkup import print_diagnosis
 from service.diagnoser import Diagnoser
 from service.diagnosis.finding import Diagnosis, Evidence, Finding, Severity, Verdict
 from service.history import EVENTS, History
 from service.recordings import Part, Recording, keep
-from service.store import Store
+from service.store import Batch, Store
 from service.webhook import news_of
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -92,13 +97,14 @@ def test_an_info_is_no_news_until_it_warns_and_answers_that_say_nothing_have_no_
     assert heard == [[], ["NH-SMALL"]]
 
 
-def test_what_is_muted_is_no_news_and_keeps_its_history() -> None:
-    muted = {"NH-LAG": history.FindingHistory(code="NH-LAG", present=False, mark="muted", note="known")}
-    found, heard = told(diagnosis(1, finding("NH-LAG")), start=muted)
+@pytest.mark.parametrize("mark", ["acknowledged", "muted"])
+def test_what_someone_has_marked_is_no_news_and_keeps_its_history(mark: history.Mark) -> None:
+    marked = {"NH-LAG": history.FindingHistory(code="NH-LAG", present=False, mark=mark, note="known")}
+    found, heard = told(diagnosis(1, finding("NH-LAG")), diagnosis(2), diagnosis(3, finding("NH-LAG")), start=marked)
 
-    assert heard == [[]]
-    assert events(found, "NH-LAG") == [("appeared", 1, "warning")]
-    assert (found["NH-LAG"].mark, found["NH-LAG"].note) == ("muted", "known")
+    assert heard == [[], [], []]
+    assert [event[0] for event in events(found, "NH-LAG")] == ["appeared", "ended", "appeared"]
+    assert (found["NH-LAG"].mark, found["NH-LAG"].note) == (mark, "known")
 
 
 def test_a_finding_that_flickers_does_not_grow_its_history_without_end() -> None:
@@ -107,6 +113,41 @@ def test_a_finding_that_flickers_does_not_grow_its_history_without_end() -> None
 
     assert len(found["NH-LAG"].events) == EVENTS
     assert found["NH-LAG"].events[-1].step == 3 * EVENTS - 1
+
+
+def test_a_finding_dates_from_the_stretch_that_lasts_however_far_the_window_has_moved_on() -> None:
+    said = [
+        diagnosis(150, finding("NH-LAG", first_step=100)),
+        diagnosis(900, finding("NH-LAG", first_step=500)),  # the window begins there now
+        diagnosis(950, finding("NH-LAG", first_step=90)),  # rows came late
+        diagnosis(990),
+        diagnosis(2000, finding("NH-LAG", first_step=1400)),
+        diagnosis(3000, finding("NH-LAG", first_step=2600), finding("NH-WITHHELD", "info", first_step=2999)),
+    ]
+    now: History = {}
+    since = []
+    for minutes, each in enumerate(said):
+        now = history.advanced(now, each, BEGIN + timedelta(minutes=minutes))
+        since.append([f.since for f in history.dated(now, each).findings])
+
+    assert since == [[100], [100], [90], [], [1400], [1400, 2999]]
+    assert now["NH-LAG"].first_step == 90
+    assert [f.steps for f in history.dated(now, said[-1]).findings] == [(2600, 99), (2999, 99)]
+
+
+def test_a_finding_that_nobody_has_seen_yet_or_whose_history_ended_dates_from_its_own_steps() -> None:
+    before, ended = told(diagnosis(150, finding("NH-LAG", first_step=100)), diagnosis(200))[0], diagnosis(300)
+    again = diagnosis(400, finding("NH-LAG", first_step=350), finding("NH-SMALL", first_step=7))
+
+    assert [f.since for f in history.dated(before, again).findings] == [350, 7]
+    assert history.dated(before, ended) is ended
+
+
+def test_a_history_from_before_stretches_were_kept_dates_by_the_first_step_ever() -> None:
+    old = told(diagnosis(150, finding("NH-LAG", first_step=100)))[0]["NH-LAG"].model_copy(update={"since": None})
+
+    (found,) = history.dated({"NH-LAG": old}, diagnosis(900, finding("NH-LAG", first_step=500))).findings
+    assert found.since == 100
 
 
 # -------- stored
@@ -118,6 +159,47 @@ def clustered(store: Store, run_id: str) -> Iterator[str]:
     keep(store, Recording(run_record(run_id, name="clustered"), "running", [Part(0, 1, clustered_tables())]))
     yield run_id
     store.delete_runs([run_id])
+
+
+def test_whoever_reads_of_a_finding_hears_its_first_step_also_when_the_window_has_left_it_behind(
+    client: httpx.Client, store: Store, run_id: str
+) -> None:
+    ranks, steps, onset, part = 2, 3600, 300, 600
+    keep(store, Recording(run_record(run_id, layers=0, world_size=ranks), "running", []))
+    run = store.record(run_id)
+    assert run is not None
+    probes = [probe_rows(range(steps), seed=rank) for rank in range(ranks)]
+    # from `onset` on rank 1 draws what rank 0 draws
+    probes[1] = pa.concat_tables([probes[1].slice(0, onset), probes[0].slice(onset)])
+    for seq, begin in enumerate(range(0, steps, part)):
+        batches = [Batch(run, k, seq, {"probe": rows.slice(begin, part)}) for k, rows in enumerate(probes)]
+        store.put_batches(batches)
+        told, _ = history.note(store, windows.diagnosis(store, run_id))
+
+    (found,) = (f for f in windows.diagnosis(store, run_id).findings if f.code == "NH-RANKDUP")
+    assert found.steps[0] >= steps - windows.PROBE_WINDOW_STEPS > onset + 100
+    since = found.since
+    assert onset <= since <= onset + 100
+    assert [w.since for w in told.warnings() if w.code == "NH-RANKDUP"] == [since]
+    (answered,) = (
+        f
+        for f in client.get(f"/v1/runs/{run_id}/findings").raise_for_status().json()["findings"]
+        if f["code"] == "NH-RANKDUP"
+    )
+    assert (answered["since"], answered["steps"]) == (since, list(found.steps))
+    assert news_of(told, "a run", "NH-RANKDUP")["since"] == since
+    for page in ("", "/ranks", "/report"):
+        assert f"since step {since}" in client.get(f"/runs/{run_id}{page}").raise_for_status().text, page
+    console = Console(file=io.StringIO(), width=80)
+    print_diagnosis(console, told)
+    assert f"since step {since}; steps {found.steps[0]} to {found.steps[1]}; ranks 0, 1" in (
+        console.file.getvalue()  # type: ignore[attr-defined]
+    )
+
+    sent, deadline = iter(range(100, 10_000)), time.monotonic() + 60
+    while not (acknowledged := send(client, run_id, {"probe": probe_rows([steps])}, seq=next(sent)).json())["findings"]:
+        assert time.monotonic() < deadline
+    assert {"NH-RANKDUP": since}.items() <= {f["code"]: f["since"] for f in acknowledged["findings"]}.items()
 
 
 def test_new_warnings_are_told_once_each_and_are_in_the_history(

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
+import httpx
+import pyarrow as pa
 import pytest
+from synthetic import clustered_tables, create, run_record, scalar_rows, send
 
 from service import webhook
 from service.webhook import Webhook
@@ -131,3 +138,42 @@ def test_an_offer_never_waits_and_a_stop_ends_the_waiting(monkeypatch: pytest.Mo
         hook.offer({"run": "r", "number": number})
     hook.start()
     hook.stop()  # returns, though an hour is to be waited
+
+
+@contextmanager
+def service(store: Path, hook: str) -> Iterator[httpx.Client]:
+    """A service in a process of its own, stopped as a supervisor stops it."""
+    command = [sys.executable, "-m", "service", "--port", "0", "--store", f"chdb://{store}"]
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": root, "BRN_SERVICE_WEBHOOK": hook, "BRN_SERVICE_DIAGNOSIS_SECONDS": "0"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        with httpx.Client(base_url=process.stdout.readline().split()[2], timeout=30) as client:
+            yield client
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def diagnosed(client: httpx.Client, tables: dict[str, pa.Table], first_seq: int) -> None:
+    """Sends rows, and a loss after another until the warnings of a diagnosis come back."""
+    send(client, "a", tables, seq=first_seq).raise_for_status()
+    deadline, seq = time.monotonic() + 60, first_seq + 1
+    while not send(client, "a", {"scalars": scalar_rows({"loss": [(199 + seq, 1.0)]})}, seq=seq).json()["findings"]:
+        assert time.monotonic() < deadline
+        seq += 1
+
+
+def test_a_service_that_is_started_again_posts_no_warning_a_second_time(tmp_path: Path) -> None:
+    with receiving() as receiver:
+        with service(tmp_path / "store", receiver.url) as client:
+            create(client, run_record("a")).raise_for_status()
+            diagnosed(client, clustered_tables(), 1)
+            wait_for(lambda: "NH-CLUSTER" in {news["code"] for news in receiver.got})
+            known = {entry["code"] for entry in client.get("/v1/runs/a/findings/history").json()["findings"]}
+        first = [news["code"] for news in receiver.got]
+        with service(tmp_path / "store", receiver.url) as client:
+            diagnosed(client, {"scalars": scalar_rows({"loss": [(5000, 1.0)]})}, 10_000)
+
+    assert "NH-CLUSTER" in known
+    assert [news["code"] for news in receiver.got].count("NH-CLUSTER") == 1
+    assert [news["code"] for news in receiver.got] == first

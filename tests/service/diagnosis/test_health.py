@@ -12,7 +12,7 @@ import pytest
 from brn_core.wire import SCALAR_STEP_TIME
 from service.diagnosis.finding import Diagnosis, Finding
 from service.diagnosis.rules import diagnose
-from service.diagnosis.window import ProbeRows, Window
+from service.diagnosis.window import ProbeRows, StepTimes, Window
 from tests.streams import Streams, layer_rows
 
 MakeWindow = Callable[..., Window]
@@ -107,6 +107,61 @@ def test_whose_batches_reach_the_moving_statistics_is_read_from_their_steps(
             assert finding is not None
             assert said in finding.summary
             assert finding.severity == "info"
+
+
+def step_times(seed: int, steps: int = 300, ranks: int = 4, *, waits: bool, slow: float = 2.0) -> StepTimes:
+    """Work of 100 ms a step, of rank 2 `slow` times as much from step 100 on; rank 0 evaluates for 3 s now and then.
+
+    With `waits` no step ends before the slowest rank's does.
+    """
+    rng = np.random.default_rng(seed)
+    seconds_TK = 0.1 * rng.lognormal(0, 0.1, (steps, ranks))
+    seconds_TK[100:, 2] *= slow
+    seconds_TK[::20, 0] += 3
+    if waits:
+        seconds_TK = seconds_TK.max(1, keepdims=True) + 1e-4 * rng.random((steps, ranks))
+    seconds_TK[0] = np.nan
+    return StepTimes(np.arange(steps), seconds_TK)
+
+
+@pytest.mark.parametrize("ranks", [3, 4, 9])
+def test_a_rank_that_is_slow_and_that_nobody_waits_for_is_named(make_window: MakeWindow, ranks: int) -> None:
+    finding = named(
+        diagnose(make_window(step_times=step_times(0, ranks=ranks, waits=False), last_step=299)), "NH-MISSING"
+    )
+
+    assert finding is not None
+    assert finding.severity == "warning"
+    assert finding.ranks == (2,)
+    assert finding.evidence is not None
+    assert finding.evidence.value == pytest.approx(2.0, rel=0.1)
+    assert 149 <= finding.steps[0] <= 249
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ranks_that_wait_for_each_other_are_not_called_slow_nor_are_those_that_differ_a_little(
+    make_window: MakeWindow, seed: int
+) -> None:
+    for times in (step_times(seed, waits=True), step_times(seed, waits=False, slow=1.3)):
+        assert named(diagnose(make_window(step_times=times, last_step=299)), "NH-MISSING") is None
+
+
+@pytest.mark.parametrize("steps", [0, 1, 40, 60, 99])
+def test_before_two_looks_no_rank_is_called_slow(make_window: MakeWindow, steps: int) -> None:
+    times = StepTimes(np.arange(steps), np.tile([0.1, 0.1, 1.0], (steps, 1)))
+
+    assert named(diagnose(make_window(step_times=times, last_step=steps)), "NH-MISSING") is None
+
+
+def test_of_two_ranks_the_slower_is_named_and_not_before_two_looks(make_window: MakeWindow) -> None:
+    times = step_times(0, ranks=3, waits=False)
+    two = StepTimes(times.steps_T, times.seconds_TK[:, 1:])
+    early = StepTimes(two.steps_T[:180], two.seconds_TK[:180])
+
+    finding = named(diagnose(make_window(step_times=two, last_step=299)), "NH-MISSING")
+    assert finding is not None
+    assert finding.ranks == (1,)
+    assert named(diagnose(make_window(step_times=early, last_step=299)), "NH-MISSING") is None
 
 
 def test_buffers_of_one_rank_make_skewed_ranks_critical(streams: Streams, make_window: MakeWindow) -> None:

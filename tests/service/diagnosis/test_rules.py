@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,6 +50,52 @@ def test_every_code_is_documented_and_every_documented_code_exists() -> None:
 @pytest.mark.parametrize("code", CODES)
 def test_every_code_has_all_sections_in_order(code: str) -> None:
     assert tuple(re.findall(r"^\*\*(.+?)\.\*\*", documented()[code], flags=re.MULTILINE)) == SECTIONS
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_section_says_something(code: str) -> None:
+    parts = re.split(r"^\*\*.+?\.\*\*", documented()[code], flags=re.MULTILINE)[1:]
+
+    assert all(part.strip() for part in parts)
+
+
+def thresholds() -> list[tuple[str, str, str]]:
+    """(code, constant, value) of the table of constants, as it is written."""
+    text = (ROOT / "docs/findings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (NH-[A-Z-]+|every rule) \| (`[a-z]+\.\w+` = .+) \|$", text, flags=re.MULTILINE)
+    return [(code, *pair) for code, cells in rows for pair in re.findall(r"`([a-z]+\.\w+)` = `(.+?)`", cells)]
+
+
+def numbers(value: object) -> list[float]:
+    return [float(value)] if isinstance(value, (int, float)) else [n for each in value for n in numbers(each)]
+
+
+def spelt(number: float) -> str:
+    """A pattern for a number as prose has it: .05, 5 %, a half."""
+    words = {0.5: ["half"], 0.1: ["a tenth"], 10_000: ["10⁴"]}.get(number, [])
+    plain = f"{number:,.15g}" if number >= 10_000 else f"{number:.15g}"
+    share = [f"{100 * number:.15g} %"] if number < 1 else []
+    digits = [f"0?{re.escape(plain[1:])}" if plain.startswith("0.") else re.escape(plain), *map(re.escape, share)]
+    return rf"(?<![\w.])(?:{'|'.join(digits + words)})(?![\d]|\.\d)"
+
+
+@pytest.mark.parametrize(("code", "name", "value"), thresholds())
+def test_a_threshold_in_the_documentation_is_the_one_in_the_code(code: str, name: str, value: str) -> None:
+    module, constant = name.split(".")
+    package = "service" if module == "windows" else "service.diagnosis"
+    stated = ast.literal_eval(value)
+    text = (ROOT / "docs/findings.md").read_text(encoding="utf-8")
+    section = text.partition("**The constants**")[0] if code == "every rule" else documented()[code]
+
+    assert getattr(importlib.import_module(f"{package}.{module}"), constant) == stated
+    for number in numbers(stated):
+        assert re.search(spelt(number), section), f"{code} does not speak of {number:g}"
+
+
+def test_every_code_that_compares_with_a_number_has_it_in_the_table() -> None:
+    without = {"NH-NONFINITE", "NO_DATA", "WARMUP", "HEALTHY"}
+
+    assert {code for code, _, _ in thresholds()} - {"every rule"} == set(CODES) - without
 
 
 def some_diagnoses(streams: Streams, make_window: MakeWindow) -> list[Diagnosis]:
