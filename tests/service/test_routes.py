@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,49 @@ def test_events_of_an_unknown_run_are_a_404(client: httpx.Client) -> None:
     answer = client.get("/v1/runs/nope/events")
     assert answer.status_code == 404
     assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.fixture
+def two_streams(app: FastAPI, client: httpx.Client) -> Iterator[None]:
+    """The session's service, of which two event streams may be open."""
+    before = app.state.settings
+    app.state.settings = before.model_copy(update={"event_streams": 2})
+    _until(lambda: app.state.event_streams == 0, "streams of earlier tests are over")
+    try:
+        yield
+    finally:
+        app.state.settings = before
+
+
+def _until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+@pytest.mark.usefixtures("two_streams")
+def test_a_stream_too_many_is_refused_counted_and_taken_once_another_ends(client: httpx.Client, run_id: str) -> None:
+    def counted(name: str) -> float:
+        (found,) = re.findall(rf"^{name} (\S+)$", client.get("/metrics").text, flags=re.MULTILINE)
+        return float(found)
+
+    create(client, run_record(run_id))
+    address = f"/v1/runs/{run_id}/events"
+    refused = counted("brn_event_streams_refused_total")
+    with events(client, run_id) as first, events(client, run_id) as second:
+        assert (next(first)[0], next(second)[0]) == ("cursor", "cursor")
+        answer = client.get(address)
+        assert (answer.status_code, answer.json()["title"]) == (503, "Too many event streams")
+        assert "BRN_SERVICE_EVENT_STREAMS" in answer.json()["detail"]
+        assert int(answer.headers["retry-after"]) >= 1
+        assert client.get("/v1/runs/nope/events").status_code == 404, "one that never opens takes no place"
+        assert counted("brn_event_streams") == 2
+        assert counted("brn_event_streams_refused_total") == refused + 1
+        assert client.get(f"/v1/runs/{run_id}").status_code == 200, "all else is answered"
+    _until(lambda: counted("brn_event_streams") == 0, "streams that nobody reads any more are open")
+    with events(client, run_id) as third:
+        assert next(third)[0] == "cursor"
 
 
 def test_verdict_and_findings_reach_the_sender_and_the_list_without_anyone_asking(
