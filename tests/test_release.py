@@ -5,6 +5,7 @@ The wheel is built, installed into an environment of its own, and its two comman
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -47,6 +48,27 @@ def test_the_version_is_the_same_wherever_it_stands() -> None:
     deploy = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
     named = re.findall(r"brn_diagnostics-([\d.]+)-py3|registry\.example\.com/brn-\w+:([\d.]+)", deploy)
     assert {"".join(pair) for pair in named} == {__version__}
+
+
+@pytest.mark.parametrize(
+    ("heading", "date"),
+    [("## 0.1.0 (2026-01-31)", "2026-01-31"), ("## 0.1.0 (unreleased)", None), ("## 0.1.0", SystemExit)],
+)
+def test_a_version_is_ready_once_the_changelog_has_its_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heading: str, date: Any
+) -> None:
+    spec = importlib.util.spec_from_file_location("release_check", ROOT / ".ci" / "release_check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check)
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n{heading}\n\n## 0.0.9 (2025-01-31)\n", encoding="utf-8")
+    if date is SystemExit:
+        with pytest.raises(SystemExit, match="YYYY-MM-DD"):
+            check.date_of_release()
+    else:
+        assert check.date_of_release() == date
 
 
 def anchors(page: Path) -> set[str]:
