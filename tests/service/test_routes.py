@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import platform
 import re
 import signal
 import socket
@@ -432,6 +433,49 @@ def test_a_locked_store_is_one_line(capsys: pytest.CaptureFixture[str], settings
 def test_answers_are_not_held_back_for_an_acknowledgement() -> None:
     with _listening_socket(Settings(port=0)) as listener:
         assert listener.proto == socket.IPPROTO_TCP  # what asyncio asks before it sets TCP_NODELAY
+
+
+HEAP = """
+import ctypes, re, sys, threading
+from service.__main__ import serve
+from service.errors import CannotStart
+
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+
+def look(settings):
+    for _ in range(3):
+        block = bytearray(8 * 2**20)  # freed twice before it is looked at: glibc then would take it from a heap
+        own = re.findall(r'type="mmap" count="(\\d+)" size="(\\d+)"', info())[-1]
+        del block
+    def work():
+        kept.append(bytearray(10_000))
+        all_here.wait()
+    kept, all_here = [], threading.Barrier(9)
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads: thread.start()
+    all_here.wait()
+    raise CannotStart(f"{info().count('<heap nr=')} heaps, {own[1]} bytes beside them")
+
+def info():
+    file = libc.fopen(sys.argv[1].encode(), b"w")
+    libc.malloc_info(0, ctypes.c_void_p(file))
+    libc.fclose(ctypes.c_void_p(file))
+    return open(sys.argv[1]).read()
+
+serve(look, ["--port", "0"], prog="brn")
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_that_is_freed_goes_back(tmp_path: Path) -> None:
+    """Few heaps, and no large blocks in them: what is free in a heap stays with the process."""
+    command = [sys.executable, "-c", HEAP, str(tmp_path / "info.xml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = re.fullmatch(r"brn: (\d+) heaps, (\d+) bytes beside them\n", done.stderr)
+    assert found is not None, done.stderr
+    assert int(found[1]) <= 2
+    assert int(found[2]) >= 8 * 2**20
 
 
 def test_listening_beyond_this_machine_wants_a_token(capsys: pytest.CaptureFixture[str]) -> None:
