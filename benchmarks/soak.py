@@ -64,7 +64,7 @@ SETTLED_SECONDS = 180.0
 WINDOW_SECONDS = 240.0
 """Least time over which a slope says something."""
 FLAT = {"slope_life": 20.0, "slope_lives": 5.0}
-"""MB a minute that memory may rise and count as flat: single readings are 40 MB apart, and a life is short."""
+"""MB a minute that memory may rise and count as flat: a slope over seven minutes is uncertain by some 4."""
 PAGES = (
     "/",
     "/runs/bench",
