@@ -106,6 +106,8 @@ def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # The wheel's own packages stand before it on the path. Nothing but this line is read from a .pth: what makes the
     # checkout importable here is a .pth too, and does not count there.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    # As in the service's image, which leaves it out though chDB's package asks for it: docker/service.Dockerfile.
+    (packages / "pandas.py").write_text("raise ImportError('not here')\n", encoding="utf-8")
     found = run(python, "-c", "import service, brn_core, dashboard as d; print(d.__file__)", cwd=folder).strip()
     assert found.startswith(str(packages)), f"not the wheel but {found}"
     return python.parent
@@ -134,6 +136,8 @@ def test_the_installed_wheel_serves_trains_and_answers(bin_folder: Path, tmp_pat
                 assert files, "templates and static files are in the wheel"
                 for file in files:
                     client.get(file).raise_for_status()
+                for file_format in ("parquet", "csv", "arrow"):
+                    client.get("/v1/runs/wheel/export", params={"format": file_format}).raise_for_status()
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
         finally:
