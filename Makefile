@@ -44,7 +44,7 @@ bench: .venv/.installed  ## measure, a few hours; tables land in benchmarks/resu
 	@for name in layer recording ingest query pages verdicts; do \
 	  echo "== $$name"; $(BIN)/python benchmarks/$$name.py --save || exit 1; done
 
-release-check: .venv/.installed  ## version, links, wheel, sdist, known vulnerabilities of what is pinned (OFFLINE=1: not those)
+release-check: .venv/.installed  ## version, links, wheel, sdist; date, known vulnerabilities (OFFLINE=1: not these two)
 	@$(BIN)/python -m pytest -q tests/test_release.py
 	@$(BIN)/python .ci/release_check.py $(if $(OFFLINE),--offline)
 

@@ -1,13 +1,14 @@
 """Builds wheel and source distribution, looks into them and installs the wheel with what its extras ask for; looks
-pinned versions up among known vulnerabilities.
+pinned versions up among known vulnerabilities, and at the date in the changelog.
 
 `make release-check` runs it after the tests of a release. What it needs, it installs into a temporary folder. A lookup
-that could not be made is a failure, except with --offline.
+that could not be made and a version without a date are failures, except with --offline: so every change is checked.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -53,6 +54,20 @@ def distributions(python: Path, folder: Path) -> str:
     return f"{wheel.name}: built, with all {len(packages)} files; {sdist.name}: with all {len(everything)}"
 
 
+def date_of_release() -> str | None:
+    """When the newest version of the changelog was released; None: it was not yet.
+
+    Raises:
+        SystemExit: its heading is neither `## 0.1.0 (2026-01-31)` nor `## 0.1.0 (unreleased)`.
+    """
+    lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+    newest = next(line for line in lines if line.startswith("## "))
+    heading = re.fullmatch(r"## \d+\.\d+\.\d+ \((unreleased|\d{4}-\d{2}-\d{2})\)", newest)
+    if heading is None:
+        raise SystemExit(f"CHANGELOG.md: {newest!r} must be `## VERSION (unreleased)` or `## VERSION (YYYY-MM-DD)`")
+    return None if heading[1] == "unreleased" else heading[1]
+
+
 class NotReachedError(Exception):
     """The database of known vulnerabilities was not asked; nothing is known."""
 
@@ -85,6 +100,10 @@ def audit(python: Path, folder: Path) -> str:
 
 def main() -> int:
     offline = sys.argv[1:] == ["--offline"]
+    missing = []
+    if (date := date_of_release()) is None:
+        missing.append("its date in CHANGELOG.md instead of `unreleased`")
+    print(f"CHANGELOG.md: {'unreleased' if date is None else f'released on {date}'}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
@@ -96,10 +115,14 @@ def main() -> int:
             print(audit(python, folder))
         except NotReachedError as error:
             print(f"pip-audit: NOT RUN, {error}")
-            if not offline:
-                print("so nobody knows of vulnerabilities; all but that is checked by: make release-check OFFLINE=1")
-                return 1
-    return 0
+            missing.append("a lookup of known vulnerabilities")
+    if not missing:
+        print("ready to be released")
+        return 0
+    print(f"all is well but for what a release needs besides: {', and '.join(missing)}")
+    if not offline:
+        print("without these a change is checked by: make release-check OFFLINE=1")
+    return int(not offline)
 
 
 if __name__ == "__main__":

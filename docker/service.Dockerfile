@@ -1,20 +1,29 @@
 # The service and its dashboard: no torch, no compiler.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS build
-# The sources are mounted, not copied, and the cache keeps downloads between builds.
-RUN --mount=type=bind,target=/src --mount=type=cache,target=/root/.cache/pip \
+RUN apt-get update && apt-get install -y --no-install-recommends binutils
+# Copied, not mounted: not every builder notices that what it mounts has changed. The cache keeps downloads.
+COPY . /src
+RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv --without-pip /opt/brn \
     && python -m pip --disable-pip-version-check --python /opt/brn/bin/python install --no-compile \
        --constraint /src/constraints.txt '/src[serve]'
 # The database engine is one file of 555 MB; everything else is kept small. Nothing that runs opens the libraries' own
-# tests, their headers, the parts of Arrow for other protocols and the parts of plotly for notebooks. Of the rest, what
-# a start imports is compiled, as nothing can be when the root is read-only.
+# tests, headers and stubs, the parts of Arrow for other protocols, the parts of plotly for notebooks, and pandas, for
+# which chDB asks because of data frames that nobody here makes. Symbols of the libraries that come with theirs go too,
+# but of numpy's, whose files bear no second change of their layout (they had one for their wheel).
+# Last, a store is opened: if anything were missing the build would end here, and what a start imports is compiled, as
+# nothing can be when the root is read-only. tests/test_containers.py asks such a service for all that it answers.
 RUN cd /opt/brn/lib/python3.*/site-packages \
+    && python -m pip --disable-pip-version-check --python /opt/brn/bin/python uninstall --yes pandas \
     && find . -depth -type d -name tests -exec rm -rf {} + \
-    && rm -rf pyarrow/include pyarrow/includes pyarrow/src pyarrow/*.pyx pyarrow/*.pxd pyarrow/*.pxi \
+    && find . -type f -name '*.py[ix]' -delete \
+    && rm -rf pyarrow/include pyarrow/includes pyarrow/src pyarrow/*.pxd pyarrow/*.pxi \
        pyarrow/*flight* pyarrow/*s3* pyarrow/libarrow_python*.so pyarrow/*.so.*.*.* \
        plotly/labextension plotly/package_data/widgetbundle.js /opt/brn/share/jupyter \
-    && /opt/brn/bin/python -c "import chdb, dashboard.__main__, pyarrow.csv, pyarrow.parquet; dashboard.report"
+    && find pyarrow clickhouse_connect lz4 -type f -name '*.so*' -exec strip --strip-unneeded {} + \
+    && /opt/brn/bin/python -c "import dashboard.__main__, dashboard.app, service.store as s; \
+       s.Store(s.Settings(store='chdb:///tmp/store')).close()"
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="brn-serve" \

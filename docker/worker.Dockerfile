@@ -1,8 +1,10 @@
 # The training worker. torch comes as the registry's default build, which brings its own CUDA libraries.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS build
-# With vision: image files, and networks by name. The sources are mounted, not copied, and the cache keeps downloads between builds.
-RUN --mount=type=bind,target=/src --mount=type=cache,target=/root/.cache/pip \
+# Copied, not mounted: not every builder notices that what it mounts has changed. The cache keeps downloads.
+COPY . /src
+# With vision: image files, and networks by name.
+RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/brn \
     && /opt/brn/bin/pip install --disable-pip-version-check --constraint /src/constraints.txt '/src[train,vision]'
 

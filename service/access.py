@@ -20,6 +20,9 @@ COOKIE: Final = "brn_token"
 
 _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
+_HOST_OF_CONTAINERS: Final = ("host.docker.internal", "host.containers.internal")
+"""What Docker Desktop and Podman call this machine in a container. ICANN gives names below .internal to nobody."""
+
 Right = Literal["write", "read"]
 
 
@@ -65,9 +68,10 @@ def require_token(request: Request) -> None:
         raise Forbidden("a page of another site may not write here")
     if settings.token is None:
         # A page's own name may be made to lead to this machine: to the browser we then are that page's own site.
-        if not _is_name_of_this_machine(request.headers.get("host", "")):
+        if not _is_name_of_this_machine(host := request.headers.get("host", "")):
             raise Forbidden(
-                "without BRN_SERVICE_TOKEN the service answers to localhost, IP addresses and undotted names only"
+                f"without a token only localhost, IP addresses and names without a dot are answered, got {host!r}: "
+                "ask by one of these, or set BRN_SERVICE_TOKEN=$(openssl rand -hex 16), with which any name will do"
             )
         return
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
@@ -80,9 +84,9 @@ def require_token(request: Request) -> None:
 
 
 def _is_name_of_this_machine(host: str) -> bool:
-    """Whether a Host header is no name that others could own: an address, a name without a dot, or below localhost."""
+    """Whether a Host header is no name that others could own: an address, without a dot, below localhost, a host's."""
     name = (host.partition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]).rstrip(".")
-    if "." not in name or name.lower().endswith(".localhost"):
+    if "." not in name or name.lower().endswith(".localhost") or name.lower() in _HOST_OF_CONTAINERS:
         return True
     try:
         ip_address(name)

@@ -18,7 +18,7 @@ from brn_core import __version__
 from service import events, history_routes, query_routes, routes
 from service.access import require_pace, require_token
 from service.diagnoser import Diagnoser
-from service.errors import Busy, Invalid, ServiceError, TooLarge, TooOften, Unauthorized, Unavailable
+from service.errors import Busy, Crowded, Invalid, ServiceError, TooLarge, TooOften, Unauthorized, Unavailable
 from service.guard import Guard
 from service.intake import RETRY_AFTER_SECONDS, Intake
 from service.metrics import CONTENT_TYPE, Metrics
@@ -83,6 +83,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.diagnoser = diagnoser
     app.state.intake = intake
     app.state.metrics = metrics
+    app.state.event_streams = 0  # open now
+    metrics.event_streams.set_function(lambda: app.state.event_streams)
     app.state.rates = Rates(settings.client_requests_per_second)
     for part in (routes, query_routes, history_routes, events):
         app.include_router(part.router, dependencies=[Depends(require_token)], responses=problems(429))
@@ -140,7 +142,7 @@ _metrics = APIRouter(tags=["process"], responses=problems(401, 503))
 
 @_metrics.get("/metrics", summary="Numbers for Prometheus", response_class=PlainTextResponse)
 def metrics(request: Request) -> Response:
-    """Rows taken in, how long they took, what waits, what was sent away, how long queries took, the store's size."""
+    """Rows taken in and how long they took, what waits, what was sent away, queries, streams, the store's size."""
     store: Store = request.app.state.store
     numbers: Metrics = request.app.state.metrics
     numbers.store_bytes.set(store.size_bytes())
@@ -171,7 +173,7 @@ async def _on_service_error(request: Request, error: Exception) -> JSONResponse:
     headers = None
     if isinstance(error, Unauthorized):
         headers = {"WWW-Authenticate": "Bearer"}
-    elif isinstance(error, Busy | TooOften):
+    elif isinstance(error, Busy | TooOften | Crowded):
         headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     return _problem(error.status, error.title, error.detail, headers=headers)
 

@@ -10,6 +10,7 @@
     ├── Busy              429    more batches wait than memory is set aside for: send it again later
     ├── TooOften          429    one client asks more often than it may
     ├── Unavailable       503    the store does not answer: send it again later
+    ├── Crowded           503    as many event streams are open as may be
     └── StoreFull         507    the disk is full: nothing was stored
     CannotStart                  no HTTP: one line on stderr by __main__ and exit code 1
     └── StoreInUse               another process has the embedded store
@@ -85,6 +86,11 @@ class TooOften(ServiceError):
 class Unavailable(ServiceError):
     status = 503
     title = "Store unavailable"
+
+
+class Crowded(ServiceError):
+    status = 503
+    title = "Too many event streams"
 
 
 class StoreFull(ServiceError):

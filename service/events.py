@@ -13,7 +13,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from service import answers, windows
 from service.answers.records import known
-from service.errors import NotFound
+from service.errors import Crowded, NotFound
 from service.routes import DiagnoserOf, RunPath, SettingsOf, StoreOf, problems
 
 router = APIRouter(prefix="/v1", tags=["queries"], responses=problems(401, 422, 503))
@@ -24,12 +24,28 @@ def _existing(run: RunPath, store: StoreOf) -> None:
     answers.stored_run(store, run)
 
 
+async def _counted(request: Request, settings: SettingsOf) -> AsyncIterator[None]:
+    """One of so many streams, for as long as it is open. On the event loop alone, so it takes no lock."""
+    state = request.app.state
+    if state.event_streams >= settings.event_streams:
+        state.metrics.event_streams_refused.inc()
+        raise Crowded(
+            f"{settings.event_streams} event streams are open (BRN_SERVICE_EVENT_STREAMS): ask for the run itself, or "
+            "for its stream again later"
+        )
+    state.event_streams += 1
+    try:
+        yield
+    finally:
+        state.event_streams -= 1
+
+
 @router.get(
     "/runs/{run}/events",
     summary="News of a run as it comes (server-sent events)",
     response_class=EventSourceResponse,
     responses=problems(404),
-    dependencies=[Depends(_existing)],
+    dependencies=[Depends(_existing), Depends(_counted)],
 )
 async def get_events(
     request: Request, run: RunPath, store: StoreOf, settings: SettingsOf, diagnoser: DiagnoserOf

@@ -50,6 +50,10 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
+        self.event_streams = Gauge("brn_event_streams", "Event streams that are open.", registry=self._registry)
+        self.event_streams_refused = Counter(
+            "brn_event_streams_refused", "Event streams refused: too many were open.", registry=self._registry
+        )
         self.store_bytes = Gauge(
             "brn_store_bytes", "Bytes of all stored rows on disk, compressed.", registry=self._registry
         )

@@ -30,7 +30,7 @@ _TEXTS: Final = {
     415: "Neither Arrow nor JSON.",
     429: "More batches wait than memory is set aside for, or this client asks too often: try after `Retry-After`.",
     422: "The request contradicts the schema or the run; the text says what exists.",
-    503: "The store does not answer: send it again later.",
+    503: "The store does not answer, or too many event streams are open: try again later.",
     507: "The disk is full: nothing was stored.",
 }
 

@@ -97,6 +97,12 @@ class Settings(BaseSettings):
     events_seconds: float = Field(
         default=0.25, gt=0, description="Time between two looks for news on an event stream, in seconds."
     )
+    event_streams: int = Field(
+        default=256,
+        ge=1,
+        description="Most event streams that are open at once, one for each page that someone looks at; more get 503, "
+        "and such a page asks again and again instead.",
+    )
     shutdown_seconds: float = Field(
         default=5.0, gt=0, description="How long running requests may take to end when the process stops, in seconds."
     )

@@ -6,7 +6,7 @@ import queue
 import re
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def test_a_soak_that_keeps_every_promise_has_nothing_to_say() -> None:
         ({"events": 0}, "no event"),
         ({"exit_code": -9}, "exit code -9"),
         ({"rss_mb": 1501.0}, "1501 MB"),
-        ({"slope_life": 400.0}, "400.0 MB a minute within a life"),
+        ({"slope_life": 400.0}, "400.0 MB a minute in its last life"),
         ({"slope_lives": 400.0}, "400.0 MB a minute from life to life"),
     ],
 )
@@ -156,15 +156,20 @@ def test_the_reader_of_the_soak_asks_for_pages_that_there_are(client: httpx.Clie
 
 
 def test_the_soak_takes_its_slopes_where_memory_has_settled() -> None:
-    ages = range(100)
-    rising = [(float(age), 500.0 + age / 60) for age in ages]  # 1 MB a minute
-    warm = [(float(age), 100.0 if age < 45 else 500.0) for age in ages]  # flat in its last third
-    empty = [(float(age), 50.0) for age in ages]
-    assert soak._slopes([warm, warm, warm, rising])[0] == pytest.approx(0)
-    within, across = soak._slopes([rising, rising, rising, rising, empty])
-    assert within == pytest.approx(1)
-    assert across == pytest.approx(0)
-    assert soak._slopes([empty, warm, warm, warm, rising])[1] == pytest.approx(0), "from the second life on"
+    long = soak.SETTLED_SECONDS + soak.WINDOW_SECONDS + 1
+
+    def life(seconds: float, mb: Callable[[float], float]) -> list[tuple[float, float]]:
+        return [(float(age), mb(age)) for age in range(round(seconds))]
+
+    filling = life(100, lambda age: 100 + 5 * age)  # as any young one
+    warm = life(long, lambda age: 100.0 if age < soak.SETTLED_SECONDS else 500.0)
+    rising = life(long, lambda age: 500 + age / 60)  # 1 MB a minute
+    assert soak._slopes([filling, warm]) == (pytest.approx(0), None)
+    assert soak._slopes([filling] * 4 + [rising]) == (pytest.approx(1), pytest.approx(0))
+    more = [life(120, lambda age, number=number: 400.0 + 2 * number) for number in range(4)]
+    assert soak._slopes([*more, warm])[1] == pytest.approx(1, rel=0.02), "2 MB from life to life of two minutes"
+    empty = life(120, lambda age: 50.0)
+    assert soak._slopes([empty, *[filling] * 3, filling]) == (None, pytest.approx(0)), "from the second life on"
 
 
 # -------- verdicts

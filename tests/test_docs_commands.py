@@ -13,18 +13,21 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from synthetic import write_run
+from chromium import CHROMIUM
+from synthetic import create, layer_rows, run_record, send, write_run
 from torch import nn
 
 from brn_core.worker.settings import parse_settings
+from service.store import Store
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 RUN_BY = {
-    r"make (demo|test)$": ".ci/run",
+    r"make (demo( ONCE=1)?|test|test-containers)$": ".ci/run",
+    r"make [a-z-]+$": "tests/test_docs_commands.py",
     r"docker compose (-f docker-compose.yml -f docker/cpu.yml )?up --build$": "tests/test_containers.py",
-    r"docker compose (stop|start) service$": "tests/test_containers.py",
+    r"docker compose (stop|start) service$|docker compose (stop|down -v)$": "tests/test_containers.py",
     r"docker compose run --rm --no-deps -T service tar ": "tests/test_containers.py",
     r"(/opt/brn/bin/)?pip install .*\[serve(,train)?\]'$": ".ci/release_check.py",
     r"pip wheel |python3 -m venv |(/opt/brn/bin/)?brn-serve( --store \S+)?$": "tests/test_release.py",
@@ -34,10 +37,16 @@ RUN_BY = {
     r"curl .*\$S\b": "tests/service/test_api.py",
     r"tar -C /var/lib/brn -cf ": "tests/test_docs_commands.py",
     r"brn-train|torchrun ": "tests/brn_core/test_worker_docs.py",
+    r"python docs/screenshots.py URL RUN": "tests/test_docs_commands.py",
+    r"python benchmarks/(layer|verdicts).py$": "benchmarks/results",
+    r"apt-get install chromium$": ".ci/run",
     r"cp .env.example .env$|echo \"[A-Z_]+=": "tests/test_deploy_docs.py",
 }
-"""Where commands are run; what trains for hours, or on many GPUs, is read by the program's parser there."""
+"""Where commands are run, or the dated tables that they wrote; what trains for hours, or on many GPUs, is read by the
+program's parser there."""
+PROGRAMS = "make|pip|pipx|docker|brn-serve|brn-train|python|curl|kubectl|systemctl|tar|apt-get"
 NOT_RUN = {
+    r"pipx install ": "the wheel",
     r"systemctl (stop|start) brn-serve$": "the systemd unit",
     r"kubectl ": "Kubernetes manifests",
     r"docker compose -f docker-compose.cluster.yml up --build$": "docker-compose.cluster.yml",
@@ -46,11 +55,17 @@ NOT_RUN = {
 
 
 def commands(page: Path) -> list[str]:
-    """Lines of the shell blocks of a page, without comments; what goes on in the next line is one."""
+    """What a page has readers type: lines of its shell blocks, without comments, and commands within its sentences.
+
+    What goes on in the next line is one. Of a program and a bare option (`cp -a`) a sentence only speaks.
+    """
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"^```sh\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [bare for line in lines if (bare := re.sub(r"(^|\s{2,})#.*", "", line).strip())]
+    sentences = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    typed = re.findall(rf"`((?:{PROGRAMS}) [^-`][^`]*|docker compose -[^`]*)`", sentences)
+    typed = [command for command in typed if command != "docker compose"]
+    return [bare for line in lines if (bare := re.sub(r"(^|\s{2,})#.*", "", line).strip())] + typed
 
 
 def test_every_command_of_the_pages_is_run_by_something_or_said_not_to_be() -> None:
@@ -61,12 +76,60 @@ def test_every_command_of_the_pages_is_run_by_something_or_said_not_to_be() -> N
         for command in commands(page):
             where = next((file for pattern, file in RUN_BY.items() if re.match(pattern, command)), None)
             if where is not None:
-                assert (ROOT / where).is_file()
+                assert (ROOT / where).exists()
                 continue
             what = next((what for pattern, what in NOT_RUN.items() if re.match(pattern, command)), None)
             assert what is not None, f"{page.name}: nothing runs `{command}`"
             (row,) = re.findall(rf"^\| {what}.*$", told, flags=re.MULTILINE)
             assert re.search(r"\b(not|never)\b", row), f"{page.name}: {row}"
+
+
+def test_every_target_of_make_runs_what_there_is(tmp_path: Path) -> None:
+    """Their recipes, with programs that only write down what they were told to run."""
+    log = tmp_path / "log"
+    for name in ("python", "ruff", "mypy", "lint-imports"):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >> {log}\n', encoding="utf-8")
+        program.chmod(0o755)
+    make = ["make", "--assume-old", ".venv/.installed", f"BIN={tmp_path}"]
+    listed = subprocess.run([*make, "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    targets = set(re.findall(r"^  make (\S+)", listed, flags=re.MULTILINE))
+    told = {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)", page.read_text(encoding="utf-8"))}
+    assert told - {"help"} <= targets
+    for target in targets - {"help", "clean"}:
+        log.write_text("", encoding="utf-8")
+        subprocess.run([*make, target], cwd=ROOT, check=True, capture_output=True)
+        ran = log.read_text(encoding="utf-8")
+        assert ran, f"make {target} runs nothing"
+        for file in re.findall(r"\S+\.py\b", ran):
+            assert (ROOT / file).is_file(), f"make {target}: {file}"
+        for module in re.findall(r"-m (brn_core\S+)", ran):
+            assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), f"make {target}: {module}"
+
+
+def test_make_clean_leaves_stored_runs_and_sources_alone(tmp_path: Path) -> None:
+    kept = ["Makefile", ".brn/store/rows", "service/app.py"]
+    made = [".venv/bin/python", ".demo/store/rows", "dist/a.whl", "service/__pycache__/app.pyc", ".mypy_cache/x"]
+    for name in kept + made:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()} == set(kept)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+def test_a_screenshot_is_taken_as_the_page_on_the_dashboard_has_it(client: httpx.Client, tmp_path: Path) -> None:
+    (command,) = (line for line in commands(ROOT / "docs" / "dashboard.md") if "screenshots.py" in line)
+    write_run(client, "pictured", layers=2, steps=3)
+    try:
+        _, *told = command.replace("URL", str(client.base_url)).replace("RUN...", "pictured").split()
+        told = [sys.executable, *told, "--only", "layer.png", "--folder", str(tmp_path)]
+        done = subprocess.run(told, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    finally:
+        client.delete("/v1/runs/pictured")
+    assert (tmp_path / "layer.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -132,6 +195,21 @@ def test_the_python_of_the_page_on_storage_reads_a_store_at_rest(tmp_path: Path)
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert "worst_gap" in done.stdout
+
+
+def test_the_statements_of_the_page_on_storage_are_answered(client: httpx.Client, store: Store) -> None:
+    (block,) = re.findall(
+        r"^```sql\n(.*?)^```$", (ROOT / "docs" / "storage.md").read_text(encoding="utf-8"), flags=re.M | re.S
+    )
+    spoiled = {"nonfinite_channels": [[0, 0], [0, 0], [0, 1]]}
+    create(client, run_record("my-run", layers=2))
+    try:
+        send(client, "my-run", {"layers": layer_rows([1, 2, 3], 2, **spoiled)}).raise_for_status()
+        first, held = (store.rows(statement) for statement in block.split(";") if statement.strip())
+        assert first.to_pylist() == [{"step": 3, "layer": 1, "rank": 0}]
+        assert {"run_id": "my-run", "sum(layer_rows)": 6, "max(last_step)": 3} in held.to_pylist()
+    finally:
+        client.delete("/v1/runs/my-run")
 
 
 def test_the_backup_line_of_the_operations_page_takes_the_store_and_its_journal_but_no_lock(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The wheel is built, installed into an environment of its own, and its two comman
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -49,6 +50,27 @@ def test_the_version_is_the_same_wherever_it_stands() -> None:
     assert {"".join(pair) for pair in named} == {__version__}
 
 
+@pytest.mark.parametrize(
+    ("heading", "date"),
+    [("## 0.1.0 (2026-01-31)", "2026-01-31"), ("## 0.1.0 (unreleased)", None), ("## 0.1.0", SystemExit)],
+)
+def test_a_version_is_ready_once_the_changelog_has_its_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heading: str, date: Any
+) -> None:
+    spec = importlib.util.spec_from_file_location("release_check", ROOT / ".ci" / "release_check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check)
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n{heading}\n\n## 0.0.9 (2025-01-31)\n", encoding="utf-8")
+    if date is SystemExit:
+        with pytest.raises(SystemExit, match="YYYY-MM-DD"):
+            check.date_of_release()
+    else:
+        assert check.date_of_release() == date
+
+
 def anchors(page: Path) -> set[str]:
     """What a link to a heading of a page may say after its #."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -84,6 +106,8 @@ def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # The wheel's own packages stand before it on the path. Nothing but this line is read from a .pth: what makes the
     # checkout importable here is a .pth too, and does not count there.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    # As in the service's image, which leaves it out though chDB's package asks for it: docker/service.Dockerfile.
+    (packages / "pandas.py").write_text("raise ImportError('not here')\n", encoding="utf-8")
     found = run(python, "-c", "import service, brn_core, dashboard as d; print(d.__file__)", cwd=folder).strip()
     assert found.startswith(str(packages)), f"not the wheel but {found}"
     return python.parent
@@ -112,6 +136,8 @@ def test_the_installed_wheel_serves_trains_and_answers(bin_folder: Path, tmp_pat
                 assert files, "templates and static files are in the wheel"
                 for file in files:
                     client.get(file).raise_for_status()
+                for file_format in ("parquet", "csv", "arrow"):
+                    client.get("/v1/runs/wheel/export", params={"format": file_format}).raise_for_status()
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
         finally:

@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # its runs meet one after the other, each at a place of its own; torchrun has but one
             if rank is not None and rank.launcher is None:
                 raise UsageError("--paper starts its own ranks: give --ranks instead of torchrun")
-        if rank is None and ranks > 1:
+        # --ranks 0 is for what nobody watches: also of a rank that is alone somebody is left to say that it was killed
+        if rank is None and (ranks > 1 or settings.ranks == 0):
             command = [sys.executable, "-m", "brn_core.worker", *arguments]
             return launch(command, ranks, partial(_say_failed, settings))
         if rank is not None and settings.ranks not in (0, 1, rank.world_size):

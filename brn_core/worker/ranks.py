@@ -5,7 +5,8 @@ be a rank, whoever started it.
 
     what happens                    what the user sees
     a rank fails                    its traceback, one line that names it, here and in the run; the others are ended
-    a rank is killed                one line that names it and the signal, likewise; the others are ended
+    a rank is killed                one line that names it and the signal, likewise; the others are ended (with
+                                    --ranks 1 there is no other process that could say so; with --ranks 0 there is)
     Ctrl-C, SIGTERM, SIGHUP         every rank closes its recording and ends; a second Ctrl-C does not wait
     this process is killed          every rank notices at its next step and ends (`Rank.launcher_alive`)
 """

@@ -205,10 +205,12 @@ export function panelsPage() {
     media.addEventListener("change", () => redraw(figures));
   document.addEventListener("themechange", () => redraw(figures));
 
+  /** Whether the service has no event stream left for this page: then what changed is learned by asking. */
+  let refused = false;
   /** Text that depends on the steps or the snapshot in view, and on what the service has by now. */
   const refreshText = paced(async () => {
     try {
-      if ((await refreshParts(location.search)) && !main.dataset.events) redraw(figures);
+      if ((await refreshParts(location.search)) && (refused || !main.dataset.events)) redraw(figures);
     } catch (error) {
       complain(error);
     }
@@ -235,7 +237,7 @@ export function panelsPage() {
       let greeted = false;
       const own = new EventSource(main.dataset.events ?? "");
       events = own;
-      own.addEventListener("open", () => say(null));
+      own.addEventListener("open", () => { refused = false; say(null); });
       own.addEventListener("cursor", (event) => {
         const { last_step: step, status, rows } = JSON.parse(event.data);
         const cursor = `${step} ${status} ${rows}`;
@@ -249,10 +251,11 @@ export function panelsPage() {
         greeted = true;
       });
       own.addEventListener("error", () => {
-        complain(null);
+        refused = own.readyState === EventSource.CLOSED; // there was an answer, but no stream
+        if (!refused) complain(null);
         if (isGone()) return own.close();
         refreshText(); // it knows more: the run may be gone
-        if (own.readyState === EventSource.CLOSED) again = setTimeout(listen, RETRY_MS); // it gave up: start afresh
+        if (refused) again = setTimeout(listen, RETRY_MS);
       });
     }
 

@@ -331,9 +331,13 @@ def test_two_ranks_end_with_the_same_network_to_the_last_buffer(tmp_path: Path) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks' process ids in /proc")
-def test_a_rank_that_dies_ends_the_run_with_one_line_that_names_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("flag", "ranks", "dies"), [("2", 2, 1), ("0", 1, 0)])
+def test_a_rank_that_dies_ends_the_run_with_one_line_that_names_it(
+    tmp_path: Path, flag: str, ranks: int, dies: int
+) -> None:
+    why = f"rank {dies} of {ranks} ended with SIGKILL (out of memory?)"
     with FakeService() as service:
-        flags = ["--ranks", "2", "--steps", "1000000", "--device", "cpu", "--dataset", "synthetic"]
+        flags = ["--ranks", flag, "--steps", "1000000", "--device", "cpu", "--dataset", "synthetic"]
         flags += ["--run-id", "r", "--spool", str(tmp_path)]
         process = subprocess.Popen(
             [sys.executable, "-m", "brn_core.worker", *flags, "--url", service.url],
@@ -343,19 +347,19 @@ def test_a_rank_that_dies_ends_the_run_with_one_line_that_names_it(tmp_path: Pat
         )
         try:
             eventually(
-                lambda: process.poll() is not None or {rank for _, rank, _ in list(service.batches)} == {0, 1}, 90
+                lambda: process.poll() is not None or len({rank for _, rank, _ in list(service.batches)}) == ranks, 90
             )
-            ranks = children(process.pid)
-            os.kill(ranks[1], signal.SIGKILL)
+            started = children(process.pid)
+            os.kill(started[dies], signal.SIGKILL)
             output, _ = process.communicate(timeout=60)
         finally:
             process.kill()  # where something above failed: its ranks notice and end
         assert process.returncode == EXIT_FAILED
-        assert "brn-train: rank 1 of 2 ended with SIGKILL (out of memory?); the run has ended" in output
+        assert f"brn-train: {why}; the run has ended" in output
         assert "Traceback" not in output
-        assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+        assert not any(Path(f"/proc/{rank}").exists() for rank in started)
         assert service.statuses == {"r": "failed"}
-        assert service.failures == {"r": "rank 1 of 2 ended with SIGKILL (out of memory?)"}
+        assert service.failures == {"r": why}
 
 
 def children(pid: int) -> list[int]:

@@ -363,6 +363,26 @@ def test_tabs_that_nobody_looks_at_leave_the_connections_to_others(
     expect(tabs[0].locator(".steps")).to_contain_text("20")
 
 
+def test_a_page_for_which_no_stream_is_left_follows_by_asking(
+    client: httpx.Client, run_id: str, open_window: Callable[..., Window]
+) -> None:
+    made.write_run(client, run_id, layers=3, steps=10, **LIMITS)
+    window = open_window("/")
+    page = window.page
+    page.route("**/events", lambda route: route.fulfill(status=503, headers={"retry-after": "1"}, body="{}"))
+    page.goto(f"/runs/{run_id}")
+    drawn(page)
+    write_more(client, run_id, 11, 20, seq=2)
+    expect(page.locator(".steps")).to_contain_text("20")
+    newest = "gd._fullData.find((t) => t.name.startsWith('r:')).x.at(-1)"
+    page.locator("#schedule").scroll_into_view_if_needed()
+    eventually(lambda: plot(page, "schedule", newest) == 20, "the newest step in the schedule view")
+    expect(page.locator("#banner")).to_be_hidden()
+    assert window.wrong
+    assert all("503" in line for line in window.wrong), window.wrong
+    window.wrong.clear()
+
+
 def test_ranks_layers_and_comparisons_keep_themselves_current(
     client: httpx.Client, run_id: str, open_window: Callable[..., Window]
 ) -> None:

@@ -83,6 +83,10 @@ def test_pages_of_other_sites_cannot_write(client: httpx.Client, run_id: str, si
         ("127.0.0.1.evil.example", 403),
         ("localhost.evil.example", 403),
         ("127.1", 403),
+        ("other.internal:8321", 403),
+        ("host.docker.internal.evil.example", 403),
+        ("host.docker.internal:8321", 201),
+        ("host.containers.internal:8321", 201),
         ("127.0.0.1:8321", 201),
         ("192.0.2.7", 201),
         ("[::1]:8321", 201),
@@ -100,7 +104,8 @@ def test_without_a_token_a_page_whose_name_leads_here_is_refused(
     for address in ("/v1/runs", "/", "/metrics"):
         assert client.get(address, headers=headers).status_code == (403 if status == 403 else 200), address
     if status == 403:
-        assert "BRN_SERVICE_TOKEN" in answer.json()["detail"]
+        assert "set BRN_SERVICE_TOKEN=" in answer.json()["detail"]
+        assert repr(host) in answer.json()["detail"]
 
 
 def test_with_a_token_any_name_will_do(two_tokens: httpx.Client) -> None:

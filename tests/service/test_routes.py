@@ -3,13 +3,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import platform
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,49 @@ def test_events_of_an_unknown_run_are_a_404(client: httpx.Client) -> None:
     answer = client.get("/v1/runs/nope/events")
     assert answer.status_code == 404
     assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.fixture
+def two_streams(app: FastAPI, client: httpx.Client) -> Iterator[None]:
+    """The session's service, of which two event streams may be open."""
+    before = app.state.settings
+    app.state.settings = before.model_copy(update={"event_streams": 2})
+    _until(lambda: app.state.event_streams == 0, "streams of earlier tests are over")
+    try:
+        yield
+    finally:
+        app.state.settings = before
+
+
+def _until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+@pytest.mark.usefixtures("two_streams")
+def test_a_stream_too_many_is_refused_counted_and_taken_once_another_ends(client: httpx.Client, run_id: str) -> None:
+    def counted(name: str) -> float:
+        (found,) = re.findall(rf"^{name} (\S+)$", client.get("/metrics").text, flags=re.MULTILINE)
+        return float(found)
+
+    create(client, run_record(run_id))
+    address = f"/v1/runs/{run_id}/events"
+    refused = counted("brn_event_streams_refused_total")
+    with events(client, run_id) as first, events(client, run_id) as second:
+        assert (next(first)[0], next(second)[0]) == ("cursor", "cursor")
+        answer = client.get(address)
+        assert (answer.status_code, answer.json()["title"]) == (503, "Too many event streams")
+        assert "BRN_SERVICE_EVENT_STREAMS" in answer.json()["detail"]
+        assert int(answer.headers["retry-after"]) >= 1
+        assert client.get("/v1/runs/nope/events").status_code == 404, "one that never opens takes no place"
+        assert counted("brn_event_streams") == 2
+        assert counted("brn_event_streams_refused_total") == refused + 1
+        assert client.get(f"/v1/runs/{run_id}").status_code == 200, "all else is answered"
+    _until(lambda: counted("brn_event_streams") == 0, "streams that nobody reads any more are open")
+    with events(client, run_id) as third:
+        assert next(third)[0] == "cursor"
 
 
 def test_verdict_and_findings_reach_the_sender_and_the_list_without_anyone_asking(
@@ -389,6 +433,49 @@ def test_a_locked_store_is_one_line(capsys: pytest.CaptureFixture[str], settings
 def test_answers_are_not_held_back_for_an_acknowledgement() -> None:
     with _listening_socket(Settings(port=0)) as listener:
         assert listener.proto == socket.IPPROTO_TCP  # what asyncio asks before it sets TCP_NODELAY
+
+
+HEAP = """
+import ctypes, re, sys, threading
+from service.__main__ import serve
+from service.errors import CannotStart
+
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+
+def look(settings):
+    for _ in range(3):
+        block = bytearray(8 * 2**20)  # freed twice before it is looked at: glibc then would take it from a heap
+        own = re.findall(r'type="mmap" count="(\\d+)" size="(\\d+)"', info())[-1]
+        del block
+    def work():
+        kept.append(bytearray(10_000))
+        all_here.wait()
+    kept, all_here = [], threading.Barrier(9)
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads: thread.start()
+    all_here.wait()
+    raise CannotStart(f"{info().count('<heap nr=')} heaps, {own[1]} bytes beside them")
+
+def info():
+    file = libc.fopen(sys.argv[1].encode(), b"w")
+    libc.malloc_info(0, ctypes.c_void_p(file))
+    libc.fclose(ctypes.c_void_p(file))
+    return open(sys.argv[1]).read()
+
+serve(look, ["--port", "0"], prog="brn")
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_that_is_freed_goes_back(tmp_path: Path) -> None:
+    """Few heaps, and no large blocks in them: what is free in a heap stays with the process."""
+    command = [sys.executable, "-c", HEAP, str(tmp_path / "info.xml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = re.fullmatch(r"brn: (\d+) heaps, (\d+) bytes beside them\n", done.stderr)
+    assert found is not None, done.stderr
+    assert int(found[1]) <= 2
+    assert int(found[2]) >= 8 * 2**20
 
 
 def test_listening_beyond_this_machine_wants_a_token(capsys: pytest.CaptureFixture[str]) -> None:
