@@ -45,6 +45,7 @@ class Shadow:
         limit: the loss gap from which it is harm.
         disagreement: mean share of samples whose prediction changes; None where it is not sent.
         first_step: first step of the unbroken stretch, up to now, in which the passes so far were harmful.
+        lower: the newest ten are surely below 0: training is noisier than inference.
         harmful: the newest ten have a mean beyond the limit, and they or some more are surely above 0 (`by_chance`).
     """
 
@@ -54,6 +55,7 @@ class Shadow:
     limit: float
     disagreement: float | None
     first_step: int
+    lower: bool
     harmful: bool
 
 
@@ -101,6 +103,7 @@ def shadow(window: Window) -> Shadow | Abstention:
         limit=limit,
         disagreement=disagreement,
         first_step=int(steps_P[min(since, len(steps_P) - 1)]),
+        lower=by_chance(-newest) <= SURE,
         harmful=bool(harmful_P[-1]),
     )
 
@@ -138,6 +141,14 @@ def _disagreement(window: Window, settled: int) -> float | None:
     return float(values[-PASSES:].mean()) if len(values) >= PASSES else None
 
 
+def _worst_gap(window: Window, since: int) -> float:
+    """Mean gap of the worst layer from step `since` on, when the passes were: before, it may have been larger."""
+    gap_TKL = window.rows.columns["gap"][window.rows.steps_T >= since]
+    seen_TKL = np.isfinite(gap_TKL)
+    mean_L = np.where(seen_TKL, gap_TKL, 0.0).sum((0, 1)) / np.maximum(seen_TKL.sum((0, 1)), 1)
+    return float(mean_L.max(initial=0.0))
+
+
 def gap(window: Window, measured: Shadow | Abstention, rank_effect: float | None) -> Outcome:
     """NH-GAP: does inference lose what training has?
 
@@ -150,12 +161,10 @@ def gap(window: Window, measured: Shadow | Abstention, rank_effect: float | None
         return Outcome(abstained=(measured,))
     parts = shares(window, rank_effect)
     noisy = (
-        not measured.harmful
-        and measured.loss_gap < 0
+        measured.lower
         and measured.disagreement is not None
         and measured.disagreement > NOISE_DISAGREEMENT
-        and parts is not None
-        and parts.worst_gap > NOISE_GAP
+        and _worst_gap(window, int(measured.steps_P[-PASSES])) > NOISE_GAP
     )
     if not measured.harmful and not noisy:
         return Outcome(clear=f"inference agrees with training (loss difference {measured.loss_gap:+.2f})")

@@ -18,7 +18,7 @@ from service.diagnosis.looks import lasting, looks, of_layers, together, worst_f
 from service.diagnosis.noise import RECTIFIED_KAPPA
 from service.diagnosis.outcome import Outcome, query
 from service.diagnosis.ranks import SKEW_WARNING
-from service.diagnosis.window import Bools, Floats, Window
+from service.diagnosis.window import Bools, Window
 
 SHARE_ROWS = 400
 CLIP_EXCESS = 0.05
@@ -50,14 +50,12 @@ class Shares:
         gap: its mean gap, in sigma².
         parts: share of each part.
         ratio: F of that layer's batch means, from second differences.
-        worst_gap: mean gap of the worst layer.
     """
 
     layer: str
     gap: float
     parts: dict[Part, float]
     ratio: Ratio | None
-    worst_gap: float
 
     @property
     def dominant(self) -> Part:
@@ -111,14 +109,7 @@ def shares(window: Window, rank_effect: float | None) -> Shares | None:
         "rank": slow / total if skewed else 0.0,
         "slow": 0.0 if skewed else slow / total,
     }
-    return Shares(window.layers[i].name, mean["gap"], parts, ratio, _worst(columns["gap"]))
-
-
-def _worst(gap_TKL: Floats) -> float:
-    seen_TKL = np.isfinite(gap_TKL)
-    n_L = seen_TKL.sum((0, 1))
-    mean_L = np.where(seen_TKL, gap_TKL, 0.0).sum((0, 1)) / np.maximum(n_L, 1)
-    return float(mean_L.max(initial=0.0))
+    return Shares(window.layers[i].name, mean["gap"], parts, ratio)
 
 
 @lru_cache(maxsize=4096)

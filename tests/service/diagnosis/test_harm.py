@@ -151,7 +151,7 @@ def test_a_frozen_first_layer_leaves_the_gap_to_the_first_that_trains(make_windo
     columns = gap_columns(sampling=0.12)
     for column in columns.values():
         column[:, :, 0] = np.nan
-    finding = gap_finding(diagnose(make_window(scalars=passes(-0.25, disagreement=0.16), columns=columns)))
+    finding = gap_finding(diagnose(make_window(scalars=passes(-0.25, disagreement=0.16, every=10), columns=columns)))
 
     assert finding is not None
     assert finding.layers == ("bn2",)
@@ -227,7 +227,7 @@ def test_sampling_noise_is_not_called_clustered_while_f_can_be_1(make_window: Ma
 
 
 def test_disagreement_warns_only_where_the_layers_show_a_gap_that_could_cause_it(make_window: MakeWindow) -> None:
-    scalars = passes(-0.25, disagreement=0.16)
+    scalars = passes(-0.25, disagreement=0.16, every=10)
     noisy = gap_finding(diagnose(make_window(scalars=scalars, columns=gap_columns(sampling=0.12))))
     calm = gap_finding(diagnose(make_window(scalars=scalars, columns=gap_columns(sampling=0.004))))
 
@@ -235,6 +235,17 @@ def test_disagreement_warns_only_where_the_layers_show_a_gap_that_could_cause_it
     assert noisy.severity == "warning"
     assert "16%" in noisy.summary
     assert calm is None
+
+
+def test_a_network_that_has_just_slowed_down_is_not_called_noisy(make_window: MakeWindow) -> None:
+    # 100 classes, N = 32: the gap was large while the network moved fast, and predictions still change. dL is nothing.
+    columns = gap_columns(sampling=0.02)
+    columns["gap"][:250] += 0.2
+    early = passes(-0.25, disagreement=0.24, every=10)
+    alike = passes(-0.01, disagreement=0.24, every=10)
+
+    assert gap_finding(diagnose(make_window(scalars=early, columns=columns))) is None
+    assert gap_finding(diagnose(make_window(scalars=alike, columns=gap_columns(sampling=0.12)))) is None
 
 
 def test_a_run_without_a_shadow_pass_is_told_how_to_get_one(make_window: MakeWindow, streams: Streams) -> None:
