@@ -15,7 +15,7 @@ import numpy as np
 from service.diagnosis.estimate import LOOK_ROWS, MIN_STEPS, Ratio, ratio_of_means
 from service.diagnosis.finding import Evidence, Finding, Remedy
 from service.diagnosis.looks import lasting, looks, of_layers, together, worst_first
-from service.diagnosis.noise import RECTIFIED_KAPPA
+from service.diagnosis.noise import RECTIFIED_KAPPA, tail_ratio, tail_threshold
 from service.diagnosis.outcome import Outcome, query
 from service.diagnosis.ranks import SKEW_WARNING
 from service.diagnosis.window import Bools, Window
@@ -23,6 +23,8 @@ from service.diagnosis.window import Bools, Window
 SHARE_ROWS = 400
 CLIP_EXCESS = 0.05
 RESIDUAL_SHARE = 0.02
+CLIP_SOME = 0.01
+"""Clip rate beyond the null without which, at the paper's limits, the residual is that of a few extreme rows."""
 CLIP_BATCH = 8
 """Samples below which the paper's limits are not held against a batch: no null rate fits all that is independent."""
 NORMAL_KAPPA = 2.0
@@ -163,7 +165,9 @@ def clip(window: Window) -> Outcome:
     if not renorm_L.any() or not len(rows.steps_T):
         return Outcome()
     names = ("samples", "clip_r", "clip_d", "residual", "gap", "r_max", "d_max")
-    seen = looks(rows, {name: rows.columns[name] for name in names}, _limits_are_final(window))
+    tail_TKL = np.nan_to_num(tail_ratio(rows))  # unknown ones count as light
+    columns = {name: rows.columns[name] for name in names} | {"tail": tail_TKL}
+    seen = looks(rows, columns, _limits_are_final(window))
     mean = seen.mean
     samples_JL = mean["samples"] * together(window)
     null_JL = np.reshape(
@@ -175,9 +179,11 @@ def clip(window: Window) -> Outcome:
     )
     rate_JL = np.maximum(mean["clip_r"], mean["clip_d"])
     left_JL = np.divide(mean["residual"], mean["gap"], out=np.zeros_like(mean["gap"]), where=mean["gap"] > 0)
-    # A tiny batch of sparse samples clips at any limits, and wider ones are no remedy: that is NH-SMALL's to say.
-    judged_JL = (samples_JL >= CLIP_BATCH) | (mean["r_max"] < PAPER_R) | (mean["d_max"] < PAPER_D)
-    fired_JL = ((rate_JL > null_JL + CLIP_EXCESS) | (left_JL > RESIDUAL_SHARE)) & judged_JL & renorm_L
+    # A tiny batch and sparse samples clip at any limits, and wider ones are no remedy: NH-SMALL and NH-TAIL say that.
+    light_JL = (samples_JL >= CLIP_BATCH) & (mean["tail"] <= tail_threshold(mean["samples"]))
+    narrow_JL = (mean["r_max"] < PAPER_R) | (mean["d_max"] < PAPER_D)
+    left_much_JL = (left_JL > RESIDUAL_SHARE) & (narrow_JL | (rate_JL > null_JL + CLIP_SOME))
+    fired_JL = ((rate_JL > null_JL + CLIP_EXCESS) | left_much_JL) & (narrow_JL | light_JL) & renorm_L
     held = lasting(seen.steps_J, fired_JL)
     if held is None:
         return Outcome()
