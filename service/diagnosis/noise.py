@@ -119,7 +119,7 @@ def tail(window: Window) -> Outcome:
     columns = {"ratio": ratio_TKL, "samples": rows.columns["samples"]}
     seen = looks(rows, columns, warm(window) & large_TKL)
     threshold_JL = tail_threshold(seen.mean["samples"])
-    held = ever(seen.steps_J, seen.mean["ratio"] > threshold_JL)
+    held = ever(seen.steps_J, seen.mean["ratio"] - threshold_JL)
     if held is None:
         return Outcome()
     ratio_L = np.fmax.reduce(seen.mean["ratio"], axis=0)

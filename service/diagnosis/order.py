@@ -24,7 +24,9 @@ ORDER_WATCHES = (
     Watch(50, 50, 0.6, 5.0, 1),
     Watch(100, 50, 0.6, 5.0, 1),
     Watch(100, 50, 0.7, _ORDER_Z, 2),
+    Watch(100, 50, 0.8, 4.0, 2),
     Watch(200, 100, 0.8, _ORDER_Z, 2),
+    Watch(200, 100, 0.9, 4.0, 2),
     Watch(400, 200, 0.9, _ORDER_Z, 2),
 )
 """Their thresholds are O, from which downwards they speak."""

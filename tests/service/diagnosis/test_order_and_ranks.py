@@ -72,6 +72,17 @@ def test_what_is_plain_is_said_at_the_first_look(
         assert diagnosis.verdict.code == code
 
 
+def test_a_mix_that_swings_slowly_is_ordered_within_300_steps(streams: Streams, make_window: MakeWindow) -> None:
+    found = 0
+    for seed in range(32_000, 32_020):
+        rng = np.random.default_rng(seed)
+        low = rng.random((300, 1, 32)) < 0.5 + 0.45 * np.sin(np.arange(300) / 15)[:, None, None]
+        labels = np.where(low, rng.integers(5, size=low.shape), rng.integers(5, 10, size=low.shape))
+        found += loud(diagnose(make_window(probe=World.make(rng).observe(labels, rng)))) == {"NH-ORDER"}
+
+    assert found >= 19
+
+
 def test_few_batches_that_two_ranks_now_and_then_share_are_not_equal_ranks(
     streams: Streams, make_window: MakeWindow
 ) -> None:
