@@ -25,8 +25,11 @@ Z_ALARM = 4.0
 E_ALARM = 1e4
 """Evidence at which the e-detector speaks: mean time to a false alarm of at least as many blocks of two steps."""
 E_MARGIN = 1.05
-E_BETS = (0.3, 0.6, 0.95)
-E_WARMUP_BLOCKS = 5
+E_BETS = (0.05, 0.15, 0.4, 0.8)
+E_BET_SEEN = 0.4
+"""The bet whose winnings date the beginning."""
+E_CURB = (0.125, 2.0)
+"""k, what curbs the winnings of a pair: at least the first, and the second over the batch size."""
 CRITICAL_SAMPLES = 5.0
 CRITICAL_BATCH = 8
 FIRST_ANSWER_ROWS = WINDOWS[0][0] + LOOK_ROWS
@@ -67,16 +70,21 @@ def slow_lane(stream: Stream) -> tuple[Span | None, bool]:
 def fast_lane(stream: Stream) -> Span | None:
     """Shiryaev-Roberts e-detector over disjoint blocks of two steps.
 
-    u = (g - 1.05 h) / (g + 1.05 h) in [-1, 1], with feature weights from past blocks only, has mean <= 0 for i.i.d.
-    batches: g has fewer degrees of freedom than h. R <- (R + 1)(1 + bet u), averaged over three bets, then crosses A
-    by mistake once in A blocks or later on average.
+    v = (g - 1.05 h) / (k g + 1.05 h), from -1 to 1 / k, with feature weights from past blocks only, has mean <= 0 for
+    i.i.d. batches. R <- (R + 1)(1 + bet v), averaged over four bets, then crosses A by mistake once in A blocks or
+    later on average.
+
+    Why <= 0: let g and h have mean 1 and, as chi-squared variables over their degrees of freedom do, variances 2 / a
+    and 2 / b. To second order E v = 2 (1 / b - k / a) / (1 + k)², without the margin of 1.05, so k >= a / b will do,
+    and normal samples have a / b = 1 / 2 (N - 1): one difference of means against 2 (N - 1) within. Heavier tails make
+    h less sure, hence k = 2 / N, four times as much, at least 1 / 8 and at most 1. The smaller k, the more a pair wins.
     """
     if len(stream.steps_T) < 2:
         return None
     pair_T = stream.steps_T // (2 * spacing(stream.steps_T))
     same_T = np.append(False, pair_T[1:] == pair_T[:-1])
-    blocks_B = np.flatnonzero(same_T & stream.seen_TK.any(1) & (stream.before_T < 0))
-    if len(blocks_B) <= E_WARMUP_BLOCKS:
+    blocks_B = np.flatnonzero(same_T & stream.seen_TK.any(1) & stream.new_T)
+    if len(blocks_B) < 2:
         return None
     fast_BF = stream.fast.all_TF[blocks_B]
     noise_BF = stream.pair_noise.all_TF[blocks_B]
@@ -84,17 +92,17 @@ def fast_lane(stream: Stream) -> Span | None:
     weight_BF = inverse(past_BF)
     g_B = (fast_BF * weight_BF).sum(1)
     h_B = E_MARGIN * (noise_BF * weight_BF).sum(1)
-    u_B = np.divide(g_B - h_B, g_B + h_B, out=np.zeros_like(g_B), where=g_B + h_B > 0)
-    u_B[:E_WARMUP_BLOCKS] = 0.0
+    curb = min(1.0, max(E_CURB[0], E_CURB[1] / stream.samples))
+    v_B = np.divide(g_B - h_B, curb * g_B + h_B, out=np.zeros_like(g_B), where=g_B + h_B > 0)
 
     alarms: list[tuple[int, int]] = []  # blocks: estimated beginning, alarm
     best = 0.0
     evidence = [0.0] * len(E_BETS)
     walk = lowest = 0.0
     lowest_at = 0
-    for b, u in enumerate(u_B.tolist()):
-        evidence = [(r + 1) * (1 + bet * u) for r, bet in zip(evidence, E_BETS, strict=True)]
-        walk += math.log1p(0.6 * u)
+    for b, v in enumerate(v_B.tolist()):
+        evidence = [(r + 1) * (1 + bet * v) for r, bet in zip(evidence, E_BETS, strict=True)]
+        walk += math.log1p(E_BET_SEEN * v)
         if walk < lowest:
             lowest, lowest_at = walk, b + 1
         e_value = sum(evidence) / len(evidence)
@@ -148,8 +156,10 @@ def cluster(window: Window, stream: Stream, loss_gap: float | None) -> Outcome:
         return Outcome(abstained=withheld, clear=clear)
 
     begin = max(0, min(span.begin, span.last + 1 - MIN_STEPS - 1))
-    ratio = cluster_ratio(stream, begin, span.last + 1, max_gap_share=0.5)
-    if ratio is None:  # the detector saw steps that are too few and too scattered for an estimate
+    ends = (max(span.last, begin + MIN_STEPS) + 1, len(stream.steps_T))  # the detector may need fewer than an estimate
+    ratios = (cluster_ratio(stream, begin, end, max_gap_share=0.5) for end in ends if end <= len(stream.steps_T))
+    ratio = next((ratio for ratio in ratios if ratio is not None), None)
+    if ratio is None:
         return Outcome(abstained=(*withheld, _too_short(stream)))
     return Outcome((_cluster_finding(window, stream, span, ratio, loss_gap),), withheld)
 

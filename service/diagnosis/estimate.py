@@ -103,6 +103,29 @@ def look_rows(steps_T: Ints, every_rows: int = LOOK_ROWS) -> list[int]:
     return [int(i) for i in np.flatnonzero(steps_T // bucket != following_T // bucket)]
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """A lane of a rule: windows of `rows` rows, one every `every` rows, with a threshold and a z that speaks.
+
+    Strong faults need one window with a z far beyond what many looks give by chance, weak ones two in a row.
+    """
+
+    rows: int
+    every: int
+    threshold: float
+    z: float
+    in_a_row: int
+
+    def windows(self, steps_T: Ints) -> list[tuple[int, int]]:
+        """(begin, end) rows of each look at which the window is full, or as good as full."""
+        ends = [row + 1 for row in look_rows(steps_T, self.every)]
+        return [(max(0, end - self.rows), end) for end in ends if end >= 0.95 * self.rows]
+
+    def spoke(self, fired: list[bool]) -> list[int]:
+        """Positions of the looks at which enough in a row had fired."""
+        return twice_in_a_row(fired) if self.in_a_row == 2 else [i for i, one in enumerate(fired) if one]
+
+
 def twice_in_a_row(fired: list[bool]) -> list[int]:
     """Positions at which the rule had fired at this look and at the one before."""
     return [i for i in range(1, len(fired)) if fired[i] and fired[i - 1]]

@@ -21,8 +21,10 @@ from service.diagnosis.window import Bools, Floats, Ints, Window
 
 PASSES = 10
 _T_PASSES = 2.262  # Student's t, 97.5 %, PASSES - 1 degrees of freedom
-SURE = ((10, 3.25), (20, 3.58), (40, 3.31))
-"""Newest passes, and the t of their mean from which it is no accident: p = .005 for ten, .001 for more."""
+SURE_PASSES = (10, 20, 40)
+SURE = 0.01
+"""Bound on the probability that chance makes the loss gaps of the newest 10, 20 or 40 passes, from which it is none."""
+_STAKES = 2.0 ** np.arange(-2, 9)  # in units of 1 / root mean square: from the spread's own size to its smallest parts
 SETTLING_TAUS = 25
 """Time constants of the moving statistics after which they are held to account."""
 HARM_LOSS_GAP = 0.2
@@ -43,7 +45,8 @@ class Shadow:
         limit: the loss gap from which it is harm.
         disagreement: mean share of samples whose prediction changes; None where it is not sent.
         first_step: first step of the unbroken stretch, up to now, in which the passes so far were harmful.
-        harmful: the newest ten have a mean beyond the limit, and they or some more are surely above 0.
+        lower: the newest ten are surely below 0: training is noisier than inference.
+        harmful: the newest ten have a mean beyond the limit, and they or some more are surely above 0 (`by_chance`).
     """
 
     steps_P: Ints
@@ -52,6 +55,7 @@ class Shadow:
     limit: float
     disagreement: float | None
     first_step: int
+    lower: bool
     harmful: bool
 
 
@@ -99,21 +103,34 @@ def shadow(window: Window) -> Shadow | Abstention:
         limit=limit,
         disagreement=disagreement,
         first_step=int(steps_P[min(since, len(steps_P) - 1)]),
+        lower=by_chance(-newest) <= SURE,
         harmful=bool(harmful_P[-1]),
     )
 
 
 def _harmful(gap_P: Floats, limit: float) -> Bools:
     """(P,) whether the ten passes up to each have a mean beyond the limit, and ten, 20 or 40 are surely above 0."""
-    sure_P = np.zeros(len(gap_P), np.bool_)
-    for width, least in SURE:
-        if len(gap_P) >= width:
-            passes_QW = np.lib.stride_tricks.sliding_window_view(gap_P, width)
-            error_Q = passes_QW.std(1, ddof=1) / math.sqrt(width)
-            sure_P[width - 1 :] |= passes_QW.mean(1) > least * error_Q
-    beyond_P = np.zeros(len(gap_P), np.bool_)
-    beyond_P[PASSES - 1 :] = np.convolve(gap_P, np.full(PASSES, 1 / PASSES), mode="valid") > limit
-    return sure_P & beyond_P
+    harmful_P = np.zeros(len(gap_P), np.bool_)
+    harmful_P[PASSES - 1 :] = np.convolve(gap_P, np.full(PASSES, 1 / PASSES), mode="valid") > limit
+    for end in np.flatnonzero(harmful_P) + 1:
+        harmful_P[end - 1] = any(by_chance(gap_P[end - n : end]) <= SURE for n in SURE_PASSES if n <= end)
+    return harmful_P
+
+
+def by_chance(gap_W: Floats) -> float:
+    """At most the probability of a sum of loss gaps as large as this, if each could as well have the other sign.
+
+    Were training and inference alike, L_eval and L_train of a pass could change places: given their sizes |g|, gaps
+    have random signs e, whatever their tails and however unequal. Then, for every s > 0, P(sum e |g| >= sum g) <=
+    exp(-s sum g) prod cosh(s g) = prod (1 + exp(-2 s g)) / 2 (Chernoff); the least over a grid of s is returned.
+    Student's t of harm that comes in bursts is never large, for the bursts are its spread; this is 2^-n whenever all n
+    gaps are above 0.
+    """
+    size = math.sqrt(float((gap_W**2).mean()))
+    if not size > 0:
+        return 1.0
+    log_S = (np.logaddexp(0.0, -2 * _STAKES[:, None] * gap_W / size) - math.log(2)).sum(1)
+    return min(1.0, math.exp(float(log_S.min())))
 
 
 def _disagreement(window: Window, settled: int) -> float | None:
@@ -122,6 +139,14 @@ def _disagreement(window: Window, settled: int) -> float | None:
         return None
     values = rows.values_T[(rows.steps_T >= settled) & np.isfinite(rows.values_T)]
     return float(values[-PASSES:].mean()) if len(values) >= PASSES else None
+
+
+def _worst_gap(window: Window, since: int) -> float:
+    """Mean gap of the worst layer from step `since` on, when the passes were: before, it may have been larger."""
+    gap_TKL = window.rows.columns["gap"][window.rows.steps_T >= since]
+    seen_TKL = np.isfinite(gap_TKL)
+    mean_L = np.where(seen_TKL, gap_TKL, 0.0).sum((0, 1)) / np.maximum(seen_TKL.sum((0, 1)), 1)
+    return float(mean_L.max(initial=0.0))
 
 
 def gap(window: Window, measured: Shadow | Abstention, rank_effect: float | None) -> Outcome:
@@ -136,12 +161,10 @@ def gap(window: Window, measured: Shadow | Abstention, rank_effect: float | None
         return Outcome(abstained=(measured,))
     parts = shares(window, rank_effect)
     noisy = (
-        not measured.harmful
-        and measured.loss_gap < 0
+        measured.lower
         and measured.disagreement is not None
         and measured.disagreement > NOISE_DISAGREEMENT
-        and parts is not None
-        and parts.worst_gap > NOISE_GAP
+        and _worst_gap(window, int(measured.steps_P[-PASSES])) > NOISE_GAP
     )
     if not measured.harmful and not noisy:
         return Outcome(clear=f"inference agrees with training (loss difference {measured.loss_gap:+.2f})")

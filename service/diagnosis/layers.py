@@ -15,14 +15,16 @@ import numpy as np
 from service.diagnosis.estimate import LOOK_ROWS, MIN_STEPS, Ratio, ratio_of_means
 from service.diagnosis.finding import Evidence, Finding, Remedy
 from service.diagnosis.looks import lasting, looks, of_layers, together, worst_first
-from service.diagnosis.noise import RECTIFIED_KAPPA
+from service.diagnosis.noise import RECTIFIED_KAPPA, tail_ratio, tail_threshold
 from service.diagnosis.outcome import Outcome, query
 from service.diagnosis.ranks import SKEW_WARNING
-from service.diagnosis.window import Bools, Floats, Window
+from service.diagnosis.window import Bools, Window
 
 SHARE_ROWS = 400
 CLIP_EXCESS = 0.05
 RESIDUAL_SHARE = 0.02
+CLIP_SOME = 0.01
+"""Clip rate beyond the null without which, at the paper's limits, the residual is that of a few extreme rows."""
 CLIP_BATCH = 8
 """Samples below which the paper's limits are not held against a batch: no null rate fits all that is independent."""
 NORMAL_KAPPA = 2.0
@@ -50,14 +52,12 @@ class Shares:
         gap: its mean gap, in sigma².
         parts: share of each part.
         ratio: F of that layer's batch means, from second differences.
-        worst_gap: mean gap of the worst layer.
     """
 
     layer: str
     gap: float
     parts: dict[Part, float]
     ratio: Ratio | None
-    worst_gap: float
 
     @property
     def dominant(self) -> Part:
@@ -111,14 +111,7 @@ def shares(window: Window, rank_effect: float | None) -> Shares | None:
         "rank": slow / total if skewed else 0.0,
         "slow": 0.0 if skewed else slow / total,
     }
-    return Shares(window.layers[i].name, mean["gap"], parts, ratio, _worst(columns["gap"]))
-
-
-def _worst(gap_TKL: Floats) -> float:
-    seen_TKL = np.isfinite(gap_TKL)
-    n_L = seen_TKL.sum((0, 1))
-    mean_L = np.where(seen_TKL, gap_TKL, 0.0).sum((0, 1)) / np.maximum(n_L, 1)
-    return float(mean_L.max(initial=0.0))
+    return Shares(window.layers[i].name, mean["gap"], parts, ratio)
 
 
 @lru_cache(maxsize=4096)
@@ -172,7 +165,9 @@ def clip(window: Window) -> Outcome:
     if not renorm_L.any() or not len(rows.steps_T):
         return Outcome()
     names = ("samples", "clip_r", "clip_d", "residual", "gap", "r_max", "d_max")
-    seen = looks(rows, {name: rows.columns[name] for name in names}, _limits_are_final(window))
+    tail_TKL = np.nan_to_num(tail_ratio(rows))  # unknown ones count as light
+    columns = {name: rows.columns[name] for name in names} | {"tail": tail_TKL}
+    seen = looks(rows, columns, _limits_are_final(window))
     mean = seen.mean
     samples_JL = mean["samples"] * together(window)
     null_JL = np.reshape(
@@ -184,9 +179,11 @@ def clip(window: Window) -> Outcome:
     )
     rate_JL = np.maximum(mean["clip_r"], mean["clip_d"])
     left_JL = np.divide(mean["residual"], mean["gap"], out=np.zeros_like(mean["gap"]), where=mean["gap"] > 0)
-    # A tiny batch of sparse samples clips at any limits, and wider ones are no remedy: that is NH-SMALL's to say.
-    judged_JL = (samples_JL >= CLIP_BATCH) | (mean["r_max"] < PAPER_R) | (mean["d_max"] < PAPER_D)
-    fired_JL = ((rate_JL > null_JL + CLIP_EXCESS) | (left_JL > RESIDUAL_SHARE)) & judged_JL & renorm_L
+    # A tiny batch and sparse samples clip at any limits, and wider ones are no remedy: NH-SMALL and NH-TAIL say that.
+    light_JL = (samples_JL >= CLIP_BATCH) & (mean["tail"] <= tail_threshold(mean["samples"]))
+    narrow_JL = (mean["r_max"] < PAPER_R) | (mean["d_max"] < PAPER_D)
+    left_much_JL = (left_JL > RESIDUAL_SHARE) & (narrow_JL | (rate_JL > null_JL + CLIP_SOME))
+    fired_JL = ((rate_JL > null_JL + CLIP_EXCESS) | left_much_JL) & (narrow_JL | light_JL) & renorm_L
     held = lasting(seen.steps_J, fired_JL)
     if held is None:
         return Outcome()

@@ -77,9 +77,11 @@ def lasting(steps_J: Ints, fired_JL: Bools) -> Lasting | None:
     return Lasting(pairs_JL[-1], (int(steps_J[first]), int(steps_J[-1])))
 
 
-def ever(steps_J: Ints, fired_JL: Bools) -> Lasting | None:
-    """What held at any two looks in a row, from the first such pair to the last: for what comes and goes by chance."""
-    pairs_JL = fired_JL[1:] & fired_JL[:-1]
+def ever(steps_J: Ints, excess_JL: Floats) -> Lasting | None:
+    """What was above 0 in the mean of any two looks in a row, from the first such pair to the last: for what comes and
+    goes by chance, and would be above 0 at both too seldom.
+    """
+    pairs_JL = excess_JL[1:] + excess_JL[:-1] > 0
     at = np.flatnonzero(pairs_JL.any(1)) + 1
     if not len(at):
         return None

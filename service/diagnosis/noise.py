@@ -14,7 +14,7 @@ from service.diagnosis.estimate import LOOK_ROWS
 from service.diagnosis.finding import Evidence, Finding, Remedy
 from service.diagnosis.looks import ever, interval, lasting, looks, of_layers, together, too_young, warm, worst_first
 from service.diagnosis.outcome import Outcome, query
-from service.diagnosis.window import Window
+from service.diagnosis.window import Floats, LayerRows, Window
 
 SMALL_WARNING = 0.05
 SMALL_CRITICAL = 0.15
@@ -99,17 +99,27 @@ def _larger(window: Window, shared: bool) -> Remedy:
     )
 
 
+def tail_ratio(rows: LayerRows) -> Floats:
+    """(T, K, L) kappa / N, as much of it as one row may count."""
+    return np.asarray(4 * np.minimum(rows.columns["scale_noise"], TAIL_CAP))
+
+
+def tail_threshold(samples: Floats) -> Floats:
+    """Mean kappa / N above which tails are heavy, for batches of so many samples."""
+    return np.asarray(np.fmax(TAIL_RATIO, TAIL_KAPPA / samples))
+
+
 def tail(window: Window) -> Outcome:
     """NH-TAIL: do a few samples make the variance of a batch?"""
     if (young := too_young(window, "NH-TAIL")) is not None:
         return Outcome(abstained=(young,))
     rows = window.rows
-    capped_TKL = np.minimum(rows.columns["scale_noise"], TAIL_CAP)
+    ratio_TKL = tail_ratio(rows)
     large_TKL = rows.columns["samples"] >= TAIL_BATCH
-    columns = {"ratio": 4 * capped_TKL, "samples": rows.columns["samples"]}
+    columns = {"ratio": ratio_TKL, "samples": rows.columns["samples"]}
     seen = looks(rows, columns, warm(window) & large_TKL)
-    threshold_JL = np.fmax(TAIL_RATIO, TAIL_KAPPA / seen.mean["samples"])
-    held = ever(seen.steps_J, seen.mean["ratio"] > threshold_JL)
+    threshold_JL = tail_threshold(seen.mean["samples"])
+    held = ever(seen.steps_J, seen.mean["ratio"] - threshold_JL)
     if held is None:
         return Outcome()
     ratio_L = np.fmax.reduce(seen.mean["ratio"], axis=0)
@@ -119,7 +129,7 @@ def tail(window: Window) -> Outcome:
     ratio, threshold = float(ratio_L[i]), float(threshold_JL[look, i])
     samples = round(float(seen.mean["samples"][look, i]))
     end = int(np.searchsorted(rows.steps_T, seen.steps_J[look])) + 1
-    bounds = interval(4 * capped_TKL[end - LOOK_ROWS : end, :, i])
+    bounds = interval(ratio_TKL[end - LOOK_ROWS : end, :, i])
     layer = window.layers[i]
     first = i == 0
     finding = Finding(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from brn_core.wire import SCALAR_SHADOW_EVAL_LOSS, SCALAR_SHADOW_TRAIN_LOSS
+from service.diagnosis.drift import lower_rate
 from service.diagnosis.finding import Evidence, Finding, Remedy
 from service.diagnosis.outcome import Outcome, count, names, query
 from service.diagnosis.stream import Stream
@@ -150,13 +151,7 @@ def _diverged(window: Window) -> Remedy:
             f"d_steps={2 * schedule.d_steps}, r_max={schedule.r_max:g}, d_max={schedule.d_max:g})"
         )
         return Remedy(text=text, code=code)
-    rate = window.config.get("lr")
-    code = (
-        f"lr = {rate / 3:.2g}"
-        if isinstance(rate, int | float) and not isinstance(rate, bool)
-        else ("torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)")
-    )
     return Remedy(
         text="Training diverged: lower the learning rate or clip gradients, and restart from a checkpoint before.",
-        code=code,
+        code=lower_rate(window),
     )

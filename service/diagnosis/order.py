@@ -9,23 +9,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-from service.diagnosis.estimate import MIN_STEPS, Ratio, look_rows, ratio_of_means, twice_in_a_row
+from service.diagnosis.estimate import MIN_STEPS, Ratio, Watch, ratio_of_means
 from service.diagnosis.finding import Evidence, Finding, Remedy
 from service.diagnosis.outcome import Outcome, query
 from service.diagnosis.stream import Stream, full_ranks, inverse
 from service.diagnosis.window import Window
 
-ORDER_WINDOWS = ((100, 0.7), (200, 0.8), (400, 0.9))
-"""Rows of a window, and the ratio O from which downwards it speaks."""
+_ORDER_Z = 2.576  # permutation z for p = .005, one-sided
+ORDER_WATCHES = (
+    Watch(50, 50, 0.6, 5.0, 1),
+    Watch(100, 50, 0.6, 5.0, 1),
+    Watch(100, 50, 0.7, _ORDER_Z, 2),
+    Watch(100, 50, 0.8, 4.0, 2),
+    Watch(200, 100, 0.8, _ORDER_Z, 2),
+    Watch(200, 100, 0.9, 4.0, 2),
+    Watch(400, 200, 0.9, _ORDER_Z, 2),
+)
+"""Their thresholds are O, from which downwards they speak."""
 LEAST_DISTINCT = 5
 """Different batches below which an order says nothing: three of them in turn always do the same."""
-ORDER_Z = 2.576
-"""Permutation z for p = .005, one-sided."""
-PAIRED_WINDOWS = ((100, 0.9), (400, 0.95))
-PAIRED_Z = 4.0
+PAIRED_WATCHES = (Watch(50, 50, 0.85, 6.0, 1), Watch(100, 50, 0.9, 4.0, 2), Watch(400, 200, 0.95, 4.0, 2))
+"""Their thresholds are A, from which downwards they speak."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,38 +104,42 @@ def neighbour_ratio(stream: Stream, begin: int, end: int) -> Ratio | None:
 class _Seen:
     first: int
     last: int
-    width: int
+    watch: Watch
+
+    @property
+    def newest(self) -> tuple[int, int]:
+        """(begin, end) rows of the newest window that spoke."""
+        return max(0, self.last + 1 - self.watch.rows), self.last + 1
 
 
-def _looks(
-    stream: Stream, windows: tuple[tuple[int, float], ...], fires: Callable[[int, int, float], bool]
-) -> _Seen | None:
-    """First and last row at which a window and the one before both fired; the narrowest window that did."""
+def _looks(stream: Stream, watches: tuple[Watch, ...], fires: Callable[[int, int, Watch], bool]) -> _Seen | None:
+    """First and last row at which a watch spoke; the one that did last, the narrowest of several."""
     found: list[_Seen] = []
-    for width, threshold in windows:
-        rows = look_rows(stream.steps_T, width // 2)
-        fired = twice_in_a_row(
-            [row + 1 >= 0.95 * width and fires(max(0, row + 1 - width), row + 1, threshold) for row in rows]
-        )
-        if fired:
-            found.append(_Seen(rows[fired[0]], rows[fired[-1]], width))
+    for watch in watches:
+        windows = watch.windows(stream.steps_T)
+        if spoke := watch.spoke([fires(begin, end, watch) for begin, end in windows]):
+            found.append(_Seen(windows[spoke[0]][1] - 1, windows[spoke[-1]][1] - 1, watch))
     if not found:
         return None
-    newest = max(found, key=lambda seen: (seen.last, -seen.width))
-    return _Seen(min(seen.first for seen in found), newest.last, newest.width)
+    newest = max(found, key=lambda seen: (seen.last, -seen.watch.rows))
+    return _Seen(min(seen.first for seen in found), newest.last, newest.watch)
 
 
 def order(window: Window, stream: Stream) -> Outcome:
     """NH-ORDER: does the order in which batches come carry information?"""
 
-    def fires(begin: int, end: int, threshold: float) -> bool:
-        ratio = neumann_ratio(stream, begin, end, threshold)
-        return ratio is not None and ratio.value < threshold and ratio.z <= -ORDER_Z
+    @cache  # two watches look at the same windows
+    def ratio_of(begin: int, end: int) -> Neumann | None:
+        return neumann_ratio(stream, begin, end, max(watch.threshold for watch in ORDER_WATCHES))
 
-    seen = _looks(stream, ORDER_WINDOWS, fires)
+    def fires(begin: int, end: int, watch: Watch) -> bool:
+        ratio = ratio_of(begin, end)
+        return ratio is not None and ratio.value < watch.threshold and ratio.z <= -watch.z
+
+    seen = _looks(stream, ORDER_WATCHES, fires)
     if seen is None:
         return Outcome()
-    ratio = neumann_ratio(stream, max(0, seen.last + 1 - seen.width), seen.last + 1)
+    ratio = neumann_ratio(stream, *seen.newest)
     assert ratio is not None
     finding = Finding(
         code="NH-ORDER",
@@ -139,7 +151,7 @@ def order(window: Window, stream: Stream) -> Outcome:
         evidence=Evidence(
             statistic="O, von Neumann ratio of the batch means (input probe)",
             value=ratio.value,
-            threshold=dict(ORDER_WINDOWS)[seen.width],
+            threshold=seen.watch.threshold,
             z=ratio.z,
             steps_used=ratio.steps,
             query=query(window.run, "series", stat="mu_b", layer=window.layers[0].index if window.layers else None),
@@ -159,14 +171,14 @@ def order(window: Window, stream: Stream) -> Outcome:
 def paired(window: Window, stream: Stream) -> Outcome:
     """NH-PAIRED: do neighbours within a batch resemble each other?"""
 
-    def fires(begin: int, end: int, threshold: float) -> bool:
+    def fires(begin: int, end: int, watch: Watch) -> bool:
         ratio = neighbour_ratio(stream, begin, end)
-        return ratio is not None and ratio.value < threshold and ratio.z <= -PAIRED_Z
+        return ratio is not None and ratio.value < watch.threshold and ratio.z <= -watch.z
 
-    seen = _looks(stream, PAIRED_WINDOWS, fires)
+    seen = _looks(stream, PAIRED_WATCHES, fires)
     if seen is None:
         return Outcome()
-    ratio = neighbour_ratio(stream, max(0, seen.last + 1 - seen.width), seen.last + 1)
+    ratio = neighbour_ratio(stream, *seen.newest)
     assert ratio is not None
     finding = Finding(
         code="NH-PAIRED",
@@ -180,7 +192,7 @@ def paired(window: Window, stream: Stream) -> Outcome:
             value=ratio.value,
             low=ratio.low,
             high=ratio.high,
-            threshold=dict(PAIRED_WINDOWS)[seen.width],
+            threshold=seen.watch.threshold,
             z=ratio.z if math.isfinite(ratio.z) else None,
             steps_used=ratio.steps,
             query=query(

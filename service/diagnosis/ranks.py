@@ -9,22 +9,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service.diagnosis.estimate import LOOK_ROWS, MIN_STEPS, look_rows, ratio_of_means, twice_in_a_row
+from service.diagnosis.estimate import LOOK_ROWS, MIN_STEPS, Watch, ratio_of_means
 from service.diagnosis.finding import Evidence, Finding, Remedy
 from service.diagnosis.outcome import Outcome, names, query
 from service.diagnosis.stream import Stream, full_ranks, inverse
 from service.diagnosis.window import Floats, Ints, Window
 
 BLOCK_ROWS = 5
-SKEW_ROWS = (100, 400)
 SKEW_WARNING = 0.2
 SKEW_CRITICAL = 1.0
-SKEW_Z = 4.0
-COPY_RATIO = 0.5
-EQUAL_RATIO = 1e-4
-"""The ratio below which ranks are equal even where few different batches come and chance makes some alike."""
+SKEW_WATCHES = (
+    Watch(50, 50, 0.3, 6.0, 1),
+    Watch(100, 50, SKEW_WARNING, 4.0, 2),
+    Watch(400, 200, SKEW_WARNING, 4.0, 2),
+)
+"""Their thresholds are R, from which upwards they speak."""
+COPY_WATCHES = (Watch(LOOK_ROWS, LOOK_ROWS, 0.5, 0.0, 2), Watch(20, 20, 1e-4, 0.0, 1))
+"""Their thresholds are the ratio below which ranks see the same batches. The second means equal, as a forgotten sampler
+makes them: that is no chance, even where few different batches come and now and then two ranks have the same."""
 MIN_PAIRS = 15
-"""Pairs of successive blocks below which no rank effect is given: 95 of 100 rows."""
+"""Pairs of successive blocks below which no rank effect is given: 95 of 100 rows, or, in shorter blocks, 35 of 50."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +46,24 @@ class RankEffect:
 
 
 def rank_effect(stream: Stream, begin: int, end: int, *, scale: bool = False) -> RankEffect | None:
-    """R over rows begin..end-1: mean over features of cov_k(block b, block b + 1) / (s²_y / N), blocks of 5 steps.
+    """R over rows begin..end-1: mean over features of cov_k(block b, block b + 1) / (s²_y / N), blocks of 5 steps (2 in
+    windows below 100 rows, for as many pairs).
 
     0 where all ranks draw from one population, clustered or not: what moves from block to block averages out. None
     with fewer than two full ranks or `MIN_PAIRS` pairs of blocks. With `scale` the same of the variance within batches
     instead of their mean (unbiased at any N), its noise from successive steps: ranks may differ in contrast alone.
     """
     ranks, (mean_WKF, noise_WKF, var_WKF) = _complete(stream, begin, end)
-    blocks = len(mean_WKF) // BLOCK_ROWS
+    block = BLOCK_ROWS if end - begin >= 95 else 2
+    blocks = len(mean_WKF) // block
     if len(ranks) < 2 or blocks < 2 or stream.distinct(begin, end) < MIN_STEPS:
         return None
     if scale:
         mean_WKF, noise_WKF = _scales(var_WKF)
-    shape = (blocks, BLOCK_ROWS, len(ranks), -1)
-    used = slice(blocks * BLOCK_ROWS)
-    mean_BKF = np.einsum("bskf->bkf", mean_WKF[used].reshape(shape)) / BLOCK_ROWS
-    noise_BF = np.einsum("bskf->bf", noise_WKF[used].reshape(shape)) / (BLOCK_ROWS * len(ranks))
+    shape = (blocks, block, len(ranks), -1)
+    used = slice(blocks * block)
+    mean_BKF = np.einsum("bskf->bkf", mean_WKF[used].reshape(shape)) / block
+    noise_BF = np.einsum("bskf->bf", noise_WKF[used].reshape(shape)) / (block * len(ranks))
     weight_F = inverse(noise_BF.mean(0))
     apart_BKF = mean_BKF - mean_BKF.mean(1, keepdims=True)
     kept_B = (apart_BKF[1:] * apart_BKF[:-1]).sum(1) @ weight_F / (len(ranks) - 1)
@@ -66,7 +72,7 @@ def rank_effect(stream: Stream, begin: int, end: int, *, scale: bool = False) ->
     if ratio is None:
         return None
     extreme = int(ranks[int((apart_BKF.mean(0) ** 2 @ weight_F).argmax())])
-    return RankEffect(ratio.value, ratio.standard_error, blocks * BLOCK_ROWS, extreme)
+    return RankEffect(ratio.value, ratio.standard_error, blocks * block, extreme)
 
 
 def _scales(var_WKF: Floats) -> tuple[Floats, Floats]:
@@ -102,7 +108,7 @@ def copies(stream: Stream, begin: int, end: int) -> tuple[Floats, Ints] | None:
         The ratios (K, K) of the full ranks, with infinity on the diagonal, and those ranks.
     """
     ranks, (mean_WKF, noise_WKF, _) = _complete(stream, begin, end)
-    if len(ranks) < 2 or len(mean_WKF) < 0.9 * LOOK_ROWS:
+    if len(ranks) < 2 or len(mean_WKF) < 0.9 * (end - begin):
         return None
     weight_F = inverse(np.einsum("wkf->f", noise_WKF))
     z_WKF = (mean_WKF - mean_WKF.mean(1, keepdims=True)) * np.sqrt(weight_F)
@@ -175,17 +181,17 @@ def skew(window: Window, stream: Stream, kept_of_one: bool) -> tuple[Outcome, fl
 
 
 def _effects(stream: Stream, scale: bool) -> tuple[list[tuple[int, int, RankEffect]], float | None]:
-    """First and last row at which two windows in a row spoke, with the newest that did, by width; and R now."""
+    """First and last row at which a watch spoke, with the newest effect that made it, by watch; and R now."""
     found: list[tuple[int, int, RankEffect]] = []
     now: float | None = None
-    for width in SKEW_ROWS[:1] if scale else SKEW_ROWS:
-        rows = [row for row in look_rows(stream.steps_T, width // 2) if row + 1 >= 0.95 * width]
-        effects = [rank_effect(stream, max(0, row + 1 - width), row + 1, scale=scale) for row in rows]
-        fired = twice_in_a_row([e is not None and e.value >= SKEW_WARNING and e.z >= SKEW_Z for e in effects])
-        if effects and effects[-1] is not None:
+    for watch in SKEW_WATCHES[:2] if scale else SKEW_WATCHES:
+        windows = watch.windows(stream.steps_T)
+        effects = [rank_effect(stream, begin, end, scale=scale) for begin, end in windows]
+        spoke = watch.spoke([e is not None and e.value >= watch.threshold and e.z >= watch.z for e in effects])
+        if effects and effects[-1] is not None and (watch.in_a_row == 2 or spoke):
             now = effects[-1].value
-        if fired and (effect := effects[fired[-1]]) is not None:
-            found.append((rows[fired[0]], rows[fired[-1]], effect))
+        if spoke and (effect := effects[spoke[-1]]) is not None:
+            found.append((windows[spoke[0]][1] - 1, windows[spoke[-1]][1] - 1, effect))
     return found, now
 
 
@@ -199,19 +205,17 @@ def duplicates(window: Window, stream: Stream) -> Outcome:
     """NH-RANKDUP: do two ranks see the same batches?"""
     if stream.good_TK.shape[1] < 2:
         return Outcome()
-    rows = look_rows(stream.steps_T)
-    found = [copies(stream, max(0, row + 1 - LOOK_ROWS), row + 1) for row in rows]
-    alike = [
-        COPY_RATIO if stream.distinct(max(0, row + 1 - LOOK_ROWS), row + 1) >= MIN_STEPS else EQUAL_RATIO
-        for row in rows
-    ]
-    fired = twice_in_a_row([f is not None and bool((f[0] < a).any()) for f, a in zip(found, alike, strict=True)])
-    if not fired:
+    found: list[tuple[int, int, Watch, Floats, Ints]] = []
+    for watch in COPY_WATCHES:
+        windows = watch.windows(stream.steps_T)
+        pairs = [_pairs_below(stream, begin, end, watch) for begin, end in windows]
+        if (spoke := watch.spoke([one is not None for one in pairs])) and (newest := pairs[spoke[-1]]) is not None:
+            found.append((windows[spoke[0]][1] - 1, windows[spoke[-1]][1] - 1, watch, *newest))
+    if not found:
         return Outcome()
-    newest = found[fired[-1]]
-    assert newest is not None
-    ratio_KK, ranks = newest
-    same = tuple(int(k) for k in ranks[(ratio_KK < alike[fired[-1]]).any(1)])
+    _, last, watch, ratio_KK, ranks = max(found, key=lambda seen: (seen[1], seen[2].rows))
+    first = min(seen[0] for seen in found)
+    same = tuple(int(k) for k in ranks[(ratio_KK < watch.threshold).any(1)])
     lowest = float(ratio_KK.min())
     finding = Finding(
         code="NH-RANKDUP",
@@ -224,8 +228,8 @@ def duplicates(window: Window, stream: Stream) -> Outcome:
         evidence=Evidence(
             statistic="F_rank, variance between two ranks at one step over sampling noise (input probe)",
             value=max(lowest, 0.0),
-            threshold=COPY_RATIO,
-            steps_used=LOOK_ROWS,
+            threshold=watch.threshold,
+            steps_used=watch.rows,
             query=query(window.run, "probe", points=200),
         ),
         remedy=Remedy(
@@ -233,6 +237,14 @@ def duplicates(window: Window, stream: Stream) -> Outcome:
             code=f"DataLoader(dataset, batch_size={stream.samples}, sampler=DistributedSampler(dataset, shuffle=True))",
         ),
         ranks=same,
-        steps=(int(stream.steps_T[rows[fired[0]]]), int(stream.steps_T[rows[fired[-1]]])),
+        steps=(int(stream.steps_T[first]), int(stream.steps_T[last])),
     )
     return Outcome((finding,))
+
+
+def _pairs_below(stream: Stream, begin: int, end: int, watch: Watch) -> tuple[Floats, Ints] | None:
+    """`copies`, where some pair is below the threshold and chance does not make it so for want of different batches."""
+    found = copies(stream, begin, end)
+    if found is None or not (found[0] < watch.threshold).any():
+        return None
+    return found if watch.in_a_row == 1 or stream.distinct(begin, end) >= MIN_STEPS else None

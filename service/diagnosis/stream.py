@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from service.diagnosis.estimate import MAX_GAP_SHARE, MIN_STEPS, Ratio, ratio_of_means, spacing
+from service.diagnosis.estimate import MAX_GAP_SHARE, Ratio, ratio_of_means, spacing
 from service.diagnosis.window import Bools, Floats, Ints, ProbeRows
 
 SILENT_ROWS = 100
@@ -22,6 +22,7 @@ _CONSTANT = 1e-6  # relative to the largest feature's mean: below, a fluctuation
 _HASH = 0x5851F42D4C957F2D  # Knuth's MMIX multiplier
 _AGAIN = 0.5  # of independent batches' squared distance: batches that come again with new augmentation are nearer
 _LEAST_PAIRS = 100  # of batches that should be alike, before a lag is a period: at 50 % by chance below 1e-4 each
+_FEW_PAIRS = 25  # before it may be one: enough to doubt that batches are new, and clustered ones are far from 50 %
 _SAME = 1e-3  # of a mean's sampling deviation: batches whose means differ by less are the same batch
 
 
@@ -57,6 +58,7 @@ class Stream:
         pair_noise: (noise_t + noise_t-1) / 2, what i.i.d. batches would give on average; 0 where unseen.
         seen_TK: whether both rows of the difference are there.
         before_T: the newest earlier row with the very same samples, -1 where they are new.
+        new_T: whether nothing hints at an earlier row with the same samples, not even a period seen a few times only.
         silent: ranks that have stopped (or never begun) sending the probe.
         spoiled_first: rank -> first step with non-finite probe values; such rows are left out.
         spoiled_rows: how many such rows.
@@ -74,6 +76,7 @@ class Stream:
     pair_noise: Pooled
     seen_TK: Bools
     before_T: Ints
+    new_T: Bools
     silent: tuple[int, ...]
     spoiled_first: dict[int, int]
     spoiled_rows: int
@@ -125,6 +128,8 @@ def stream(probe: ProbeRows, world_size: int) -> Stream:
     size_K = (mean_TKF**2).max((0, 2)) if end else np.zeros(mean_TKF.shape[1])
     moves_KF = (fast_TKF + pair_TKF).max(0, initial=0.0) > _CONSTANT**2 * size_K[:, None]
     keep_TKF = seen_TK[..., None] & moves_KF
+    surely_T, maybe_T = _period_ago(steps_T, mean_TKF, noise_TKF, good_TK)
+    before_T = np.maximum(_earlier(mean_TKF, noise_TKF), surely_T)
     return Stream(
         steps_T=steps_T,
         samples=int(np.median(samples_TK[good_TK])) if good_TK.any() else 0,
@@ -136,7 +141,8 @@ def stream(probe: ProbeRows, world_size: int) -> Stream:
         fast=Pooled.of(np.where(keep_TKF, fast_TKF, 0.0)),
         pair_noise=Pooled.of(np.where(keep_TKF, pair_TKF, 0.0)),
         seen_TK=seen_TK,
-        before_T=np.maximum(_earlier(mean_TKF, noise_TKF), _period_ago(steps_T, mean_TKF, noise_TKF, good_TK)),
+        before_T=before_T,
+        new_T=(before_T < 0) & (maybe_T < 0),
         silent=silent,
         spoiled_first={
             int(k): int(probe.steps_T[spoiled_TK[:, k].argmax()]) for k in np.flatnonzero(spoiled_TK.any(0))
@@ -162,24 +168,27 @@ def _earlier(mean_TKF: Floats, noise_TKF: Floats) -> Ints:
     return before_T
 
 
-def _period_ago(steps_T: Ints, mean_TKF: Floats, noise_TKF: Floats, good_TK: Bools) -> Ints:
+def _period_ago(steps_T: Ints, mean_TKF: Floats, noise_TKF: Floats, good_TK: Bools) -> tuple[Ints, Ints]:
     """For each row the one a period before, -1 without: batches of the same samples, each time augmented anew.
 
     D(M) = mean |m_t - m_t+M|² / 2 over the sampling noise is 1 or more for independent batches, ordered, clustered or
     skewed, and the same for all M where batches are stratified. Batches that come again after M rows differ only by
     their augmentation, at M, 2 M, ...; pairs at all multiples count together. The sums over pairs at each lag are
     correlations, so they cost a few Fourier transforms.
+
+    Returns:
+        By a period that is sure (`_LEAST_PAIRS`), and by one that may be (`_FEW_PAIRS`).
     """
     rows = len(steps_T)
     none_T = np.full(rows, -1)
     complete_T = good_TK.all(1)
-    if complete_T.sum() < _LEAST_PAIRS:
-        return none_T
+    if complete_T.sum() < _FEW_PAIRS:
+        return none_T, none_T
     step = spacing(steps_T)
     at_T = (steps_T - steps_T[0]) // step  # missing rows keep their place
     length = int(at_T[-1]) + 1
     if length > 2 * rows:
-        return none_T
+        return none_T, none_T
     used_T = complete_T & np.append(True, np.diff(at_T) > 0)
     z_TKF = (mean_TKF - mean_TKF[complete_T].mean(0)) * np.sqrt(inverse(noise_TKF[complete_T].mean(0)))
     z_UF = np.zeros((length, mean_TKF.shape[2]))
@@ -195,20 +204,22 @@ def _period_ago(steps_T: Ints, mean_TKF: Floats, noise_TKF: Floats, good_TK: Boo
     apart_M = np.fft.irfft(both_W, size)[:length] / 2
     noise = mean_TKF.shape[1] * int((noise_TKF[complete_T].mean((0, 1)) > 0).sum())
     distance_M = np.divide(apart_M, pairs_M * noise, out=np.full(length, np.nan), where=pairs_M * noise > 0)
-    lags = np.flatnonzero(pairs_M >= MIN_STEPS)[1:]
-    if not len(lags):
+    row_U = np.full(length, -1)
+    row_U[at_T[used_T]] = np.flatnonzero(used_T)
+
+    def ago(least: int) -> Ints:
+        lags = np.flatnonzero(pairs_M >= 0.4 * least)[1:]
+        near = _AGAIN * min(1.0, float(np.quantile(distance_M[lags], 0.75))) if len(lags) else 0.0
+        for period in lags[(lags > 1) & (distance_M[lags] < near)].tolist():
+            multiples = slice(period, length, period)
+            pairs = float(pairs_M[multiples].sum())
+            if pairs >= least and float(apart_M[multiples].sum()) < near * pairs * noise:
+                before_T = none_T.copy()
+                before_T[at_T >= period] = row_U[at_T[at_T >= period] - period]
+                return before_T
         return none_T
-    near = _AGAIN * min(1.0, float(np.quantile(distance_M[lags], 0.75)))
-    for period in lags[(lags > 1) & (distance_M[lags] < near)].tolist():
-        multiples = slice(period, length, period)
-        pairs = float(pairs_M[multiples].sum())
-        if pairs >= _LEAST_PAIRS and float(apart_M[multiples].sum()) < near * pairs * noise:
-            row_U = np.full(length, -1)
-            row_U[at_T[used_T]] = np.flatnonzero(used_T)
-            before_T = none_T.copy()
-            before_T[at_T >= period] = row_U[at_T[at_T >= period] - period]
-            return before_T
-    return none_T
+
+    return ago(_LEAST_PAIRS), ago(_FEW_PAIRS)
 
 
 def cluster_ratio(stream: Stream, begin: int, end: int, *, max_gap_share: float = MAX_GAP_SHARE) -> Ratio | None:

@@ -14,6 +14,7 @@ from service.diagnosis.finding import Finding
 from service.diagnosis.layers import light_tailed_clip_rate, null_clip_rate
 from service.diagnosis.rules import diagnose
 from service.diagnosis.window import Window
+from tests.streams import layer_rows
 
 MakeWindow = Callable[..., Window]
 SCHEDULE = Schedule(bn_steps=100, r_steps=400, d_steps=300, r_max=3.0, d_max=5.0)
@@ -178,3 +179,16 @@ def test_narrow_limits_are_named_at_any_batch_size(make_window: MakeWindow, n: i
         assert finding is not None
         assert finding.remedy is not None
         assert "r_max=3, d_max=5" in str(finding.remedy.code)
+
+
+@pytest.mark.parametrize("tails", ["sparse", "t3"])
+@pytest.mark.parametrize("n", [8, 16, 32])
+def test_heavy_tails_of_independent_batches_are_not_held_against_the_papers_limits(
+    make_window: MakeWindow, tails: str, n: int
+) -> None:
+    for seed in range(4):
+        given = layer_rows(seed, n=n, tails=tails, r_max=3.0, d_max=5.0)
+        assert clip_finding(make_window(columns=given, kinds=("BatchRenorm",))) is None
+
+    narrow = layer_rows(0, n=n, tails=tails, r_max=1.2, d_max=0.3)
+    assert clip_finding(make_window(columns=narrow, kinds=("BatchRenorm",))) is not None

@@ -153,3 +153,9 @@ def test_a_harmless_shadow_pass_keeps_a_small_batch_a_warning(make_window: MakeW
 
     assert one_layer(make_window, rows).verdict.severity == "critical"
     assert one_layer(make_window, rows, scalars=shadow).verdict.severity == "warning"
+
+
+def test_outliers_too_rare_to_show_at_every_look_are_found_within_300_steps(make_window: MakeWindow) -> None:
+    rows = [layer_rows(seed, n=32, rho=0.3, outliers=0.007, steps=300) for seed in range(7000, 7030)]
+
+    assert sum(named(one_layer(make_window, columns), "NH-TAIL") is not None for columns in rows) >= 27

@@ -65,6 +65,44 @@ def test_every_strong_fault_is_found_within_150_steps_of_its_onset(
         assert onset < finding.steps[0] <= onset + 150
 
 
+@pytest.mark.parametrize("labels", [1, 2, 4])
+def test_strong_faults_are_found_by_the_60th_step(streams: Streams, make_window: MakeWindow, labels: int) -> None:
+    probes = [streams.few_labels(30_000 + seed, labels=labels, steps=60) for seed in range(20)]
+
+    assert sum(cluster(diagnose(make_window(probe=probe))) is not None for probe in probes) >= 18
+
+
+def test_an_alarm_that_came_before_there_were_steps_for_an_estimate_is_said_as_soon_as_there_are(
+    streams: Streams, make_window: MakeWindow
+) -> None:
+    probe = streams.few_labels(1, labels=1, steps=45)
+    span = fast_lane(stream(probe, 1))
+    finding = cluster(diagnose(make_window(probe=probe)))
+
+    assert span is not None
+    assert span.last < 35
+    assert finding is not None
+    assert finding.evidence is not None
+    assert finding.evidence.steps_used >= 40
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 8, 32])
+def test_bets_on_independent_batches_do_not_win(streams: Streams, n: int) -> None:
+    for seed in range(8):
+        assert fast_lane(stream(streams.iid(40_000 + seed, n=n, steps=2000, tails="t3"), 1)) is None
+        assert fast_lane(stream(streams.iid(40_000 + seed, n=n, steps=2000), 1)) is None
+
+
+@pytest.mark.parametrize("batches", [2, 5, 10])
+def test_few_batches_in_turn_draw_no_alarm_before_their_period_is_sure(
+    streams: Streams, make_window: MakeWindow, batches: int
+) -> None:
+    for seed in range(12):
+        for steps in (42, 60, 90):
+            probe = streams.again_augmented(seed, batches=batches, steps=steps)
+            assert cluster(diagnose(make_window(probe=probe))) is None
+
+
 def test_a_mixture_of_random_samples_and_one_label_is_found_within_300_steps(
     streams: Streams, make_window: MakeWindow
 ) -> None:
