@@ -1,5 +1,6 @@
-"""The callbacks inside the real libraries; skipped without them: `pip install 'brn-diagnostics[integrations]'`."""
+"""The callbacks inside the real libraries; skipped without them, except in `make test-integrations`, which has them."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -26,6 +27,12 @@ def _quiet(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     yield
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("brn-")]
+
+
+def _library(name):
+    if os.environ.get("BRN_TEST_INTEGRATIONS"):
+        return importlib.import_module(name)
+    return pytest.importorskip(name, exc_type=ImportError)
 
 
 @pytest.fixture
@@ -57,7 +64,7 @@ def test_nothing_imports_the_libraries_unasked():
 
 def _fit(service, *, epochs=1, fails_at=None, network="net", record=None, **trainer_settings):
     """Fits a small module; gives losses by step and the callback (None where `record` is False)."""
-    lightning = pytest.importorskip("lightning", exc_type=ImportError)
+    lightning = _library("lightning")
     from brn_core.integrations.lightning import NormalizationCallback
 
     losses = []
@@ -167,7 +174,7 @@ trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=8))
 
 
 def test_both_ranks_of_a_distributed_fit_are_recorded_in_one_run(service, tmp_path):
-    pytest.importorskip("lightning", exc_type=ImportError)
+    _library("lightning")
     script = tmp_path / "fit.py"
     script.write_text(_FIT_DDP)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "GLOO_SOCKET_IFNAME": "lo"}
@@ -209,7 +216,7 @@ class _Model(nn.Module):
 
 
 def _trainer(tmp_path, callbacks, *, fails_at=None, **arguments):
-    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    transformers = _library("transformers")
     settings = {"logging_steps": 1, "max_steps": STEPS, "per_device_train_batch_size": 8} | arguments
     args = transformers.TrainingArguments(
         output_dir=str(tmp_path), report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, **settings
@@ -220,7 +227,7 @@ def _trainer(tmp_path, callbacks, *, fails_at=None, **arguments):
 
 
 def _callback(service, **settings):
-    pytest.importorskip("transformers", exc_type=ImportError)
+    _library("transformers")
     from brn_core.integrations.transformers import NormalizationCallback
 
     return NormalizationCallback(
