@@ -36,7 +36,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from brn_core.capture import BatchNormMoments, PinnedRing, Segment, Taken, Transfer, host_bytes, pack
+from brn_core.capture import (
+    BatchNormMoments,
+    Moving,
+    PinnedRing,
+    Segment,
+    Taken,
+    Transfer,
+    copies_of_moving,
+    host_bytes,
+    pack,
+)
 from brn_core.client import Client
 from brn_core.complaints import Complaints
 from brn_core.functional import Observation, in_backward
@@ -180,6 +190,10 @@ class Recorder:
         self._observing = [
             (i, vars(layer)) for i, (_, layer) in enumerate(self._watched) if isinstance(layer, BatchRenorm)
         ]
+        self._batch_norms = {
+            i: layer._buffers for i, (_, layer) in enumerate(self._watched) if not isinstance(layer, BatchRenorm)
+        }
+        self._moving: dict[int, Moving] = {}
         self._taken: dict[int, Taken] = {}
         self._probed: Segment | None = None
         self._shadow: Shadow | None = None
@@ -339,6 +353,10 @@ class Recorder:
         # not compiled where the model is compiled after it was watched; the layers' hooks are, without a graph break
         before, after = map(torch.compiler.disable, (self._before_forward, self._after_forward))
         handles.append(self._model.register_forward_pre_hook(_Hook(before), with_kwargs=True))
+        inner = unwrapped(self._model)
+        # inside the wrappers, as DistributedDataParallel first sends rank 0's buffers, and not where it is further down
+        if self._batch_norms and not any(map(is_wrapper, inner.modules())):
+            handles.append(inner.register_forward_pre_hook(_Hook(self._copy_moving)))
         if self._shadow_every:
             handles.append(self._model.register_forward_hook(_Hook(after), with_kwargs=True))
         return handles
@@ -363,7 +381,17 @@ class Recorder:
         mean_NC, var_NC = sample_moments(x)
         if var_NC is None:
             mean_NC = mean_NC.clone()  # without positions it may be the input itself, which may change
-        self._taken[index] = BatchNormMoments(mean_NC, var_NC, running_mean.clone(), running_var.clone())
+        moving = None if torch.compiler.is_compiling() else self._moving.pop(index, None)
+        if moving is not None and moving.still(running_mean, running_var):
+            self._taken[index] = BatchNormMoments(mean_NC, var_NC, moving.mean_C, moving.var_C)
+        else:  # compiled, the layer's second time in this forward, or called outside of the model's
+            self._taken[index] = BatchNormMoments(mean_NC, var_NC, running_mean.clone(), running_var.clone())
+
+    def _copy_moving(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling() or not self._due or not module.training or in_backward():
+            return
+        with self._border():
+            self._moving = copies_of_moving(self._batch_norms)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._due and module.training and torch.is_grad_enabled():
@@ -386,7 +414,7 @@ class Recorder:
         """Say what the coming step is asked for, and forget what the last one left."""
         self._due = self._step % self._every == 0
         self._shadow_due = self._shadow_every > 0 and self._step > 0 and self._step % self._shadow_every == 0
-        self._taken = {}
+        self._taken, self._moving = {}, {}
         self._probed = self._shadow = self._shadow_input = None
         for _, layer in self._observing:
             layer["observe"], layer["observed"] = self._due, None
