@@ -73,7 +73,6 @@ class Shipper(Generic[Item]):
             settled are not sent again.
         sends_leftovers: whether to send what earlier runs left in the spool for the same url; one a host.
         flush_seconds: an item waits at most about this long before it is sent.
-        capacity: items that may wait in memory.
         on_acknowledged: called in the shipper's thread with each acknowledgement.
     """
 
@@ -88,7 +87,6 @@ class Shipper(Generic[Item]):
         journal: Journal | None = None,
         sends_leftovers: bool = False,
         flush_seconds: float = 1.0,
-        capacity: int = CAPACITY,
         on_acknowledged: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         self._client = client
@@ -101,7 +99,6 @@ class Shipper(Generic[Item]):
         self._journal = journal
         self._repeated = None if journal is None else journal.repeated
         self._flush_seconds = flush_seconds
-        self._capacity = capacity
         self._on_acknowledged = on_acknowledged
         self._items: deque[Item] = deque()
         self._waiting_bytes = 0
@@ -148,7 +145,7 @@ class Shipper(Generic[Item]):
         with self._changed:
             if self._repeated is not None and item.step < self._repeated.first:
                 return True  # an earlier process has settled it
-            full = len(self._items) >= self._capacity or self._waiting_bytes + size > CAPACITY_BYTES
+            full = len(self._items) >= CAPACITY or self._waiting_bytes + size > CAPACITY_BYTES
             if self._closing or full:
                 self._dropped += 1
                 return False

@@ -282,9 +282,10 @@ def test_delays_grow_and_are_spread(ship, monkeypatch):
     assert all(wait >= 0.05 * 2**i * 0.5 for i, wait in enumerate(waits[:4]))
 
 
-def test_offering_never_waits_and_a_full_queue_drops_the_newest(ship):
+def test_offering_never_waits_and_a_full_queue_drops_the_newest(ship, monkeypatch):
+    monkeypatch.setattr(module, "CAPACITY", 5)
     with FakeService(lambda method, path: Fault(delay_seconds=0.5)) as service:
-        shipper = ship(service.url, capacity=5)
+        shipper = ship(service.url)
         eventually(lambda: service.requests)  # the thread hangs in its registration
         start = time.perf_counter()
         taken = [shipper.offer(_step(i)) for i in range(10)]
