@@ -322,8 +322,7 @@ class Recorder:
             said: dict[str, Any] = {} if failure is None else {"failure": failure[:MAX_FAILURE]}
             if self._reducer.dropped:
                 said["dropped_steps"] = self._reducer.dropped
-            end = RunUpdate(status=status, **said) if self.rank == 0 else None
-            ended &= self._shipper.close(timeout_seconds=left, end=end)
+            ended &= self._shipper.close(timeout_seconds=left, end=RunUpdate(status=status, **said))
             if not ended:
                 logger.warning("run %s: a sending thread still hangs in a connection to %s", self.run_id, self._url)
         if self.dropped_steps:
