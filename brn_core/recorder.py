@@ -485,7 +485,13 @@ class Recorder:
 
 
 def watch(model: nn.Module, **settings: Any) -> Recorder:
-    """Record what normalization does in `model`; the keyword arguments are those of `Recorder`."""
+    """Record what normalization does in `model`; the keyword arguments are those of `Recorder`.
+
+    A step is what lies between two calls of the recorder's `step`, one an optimizer step. With gradient accumulation,
+    or where the model runs several times a step, each layer and the input have one row a step: that of the last
+    training forward, whose samples alone it counts, so `batch_size` is that of one forward. What the forwards before
+    it did to the moving statistics is in those that it found; else they are not seen.
+    """
     return Recorder(model, **settings)
 
 
