@@ -14,6 +14,7 @@ from fake_service import FakeService
 from torch import nn
 
 from brn_core import wire
+from brn_core.integrations import sampler_of
 
 # the libraries warn of one another and of this machine
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("_quiet")]
@@ -57,6 +58,24 @@ def test_nothing_imports_the_libraries_unasked():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout == "set()\n"
+
+
+def test_what_chooses_the_samples_is_told_by_its_class():
+    data = torch.utils.data.TensorDataset(torch.zeros(8, 1))
+
+    class Pairs(torch.utils.data.Sampler):
+        def __iter__(self):
+            return iter([[0, 1], [2, 3]])
+
+    loaders = [
+        torch.utils.data.DataLoader(data, batch_size=2),
+        torch.utils.data.DataLoader(data, batch_size=2, shuffle=True),
+        torch.utils.data.DataLoader(data, batch_sampler=Pairs()),
+    ]
+    assert [sampler_of(loader) for loader in loaders] == [
+        {"sampler": name} for name in ("SequentialSampler", "RandomSampler", "Pairs")
+    ]
+    assert sampler_of([1, 2]) == sampler_of(None) == {}
 
 
 # --- Lightning ------------------------------------------------------------------------------------------------------
@@ -126,7 +145,11 @@ def test_a_fit_is_recorded_step_by_step_and_stays_bit_equal(service):
     assert {row["samples"] for row in service.rows("probe")} == {8}
     assert list(_scalars(service, "val_loss")) == [STEPS], "a validation's number belongs to the next step, once"
     run = wire.RunCreate.model_validate(service.runs["fit"])
-    assert (run.batch_size, run.planned_steps, run.config) == (8, 2 * STEPS, {"width": 8})
+    assert (run.batch_size, run.planned_steps, run.config) == (
+        8,
+        2 * STEPS,
+        {"sampler": "SequentialSampler", "width": 8},
+    )
     assert [layer.name for layer in run.layers] == ["1"]
     assert service.statuses == {"fit": "finished"}
 
@@ -254,7 +277,7 @@ def test_a_training_is_recorded_step_by_step_and_stays_bit_equal(service, tmp_pa
     assert {row["samples"] for row in service.rows("probe")} == {8}
     run = wire.RunCreate.model_validate(service.runs["train"])
     assert (run.name, run.batch_size, run.planned_steps) == ("mine", 8, STEPS)
-    assert run.config["logging_steps"] == 1
+    assert (run.config["logging_steps"], run.config["sampler"]) == (1, "RandomSampler")
     assert [layer.name for layer in run.layers] == ["net.1"]
     assert service.statuses == {"train": "finished"}
 
