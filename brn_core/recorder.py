@@ -88,7 +88,8 @@ class Recorder:
     layer in inference mode (frozen) or that does not run in a step has no row for it. Where a layer or the model runs
     several times between two calls of `step` (gradient accumulation, shared layers), the last time counts, with the
     moving statistics that it found. What an activation checkpoint runs again in backward does not count. A
-    SyncBatchNorm is recorded with this rank's own samples.
+    SyncBatchNorm is recorded with this rank's own samples; over several ranks, which torch has for accelerators only,
+    that has not been measured.
 
     Watch the model as it is trained: after `convert_sync_batchnorm` or `convert_batchnorm`, before the first forward of
     a compiled model (a compiled forward does not notice hooks that come later), and what torch.compile answers rather
