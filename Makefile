@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO_ARGS := $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly test-containers lint format bench release-check clean
+.PHONY: help demo test test-integrations nightly test-containers lint format bench release-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -23,6 +23,10 @@ demo: .venv/.installed  ## train twice, watch it live in the browser (ONCE=1 end
 
 test: lint  ## lint, types, import contracts and tests; CPU only, no Docker
 	@$(BIN)/python -m pytest -m "not containers" --numprocesses 2 --dist loadfile $(ARGS)
+
+test-integrations: .venv/.installed  ## install Lightning and transformers into .venv, run their callbacks inside them
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[integrations]'
+	@BRN_TEST_INTEGRATIONS=1 $(BIN)/python -m pytest tests/brn_core/test_integrations.py $(ARGS)
 
 nightly: .venv/.installed  ## kill the service a hundred times while ranks send, and count rows (some minutes)
 	@BRN_TEST_KILLS=100 $(BIN)/python -m pytest tests/service/test_durability.py $(ARGS)

@@ -38,6 +38,48 @@ class BatchNormMoments(NamedTuple):
     running_var_C: Tensor
 
 
+class Moving(NamedTuple):
+    """Copies of a layer's moving statistics, made when the model's forward began.
+
+    Attributes:
+        mean_C, var_C: the copies.
+        mean, var: what they are copies of.
+        versions: of the two, as autograd counts what is written in place.
+    """
+
+    mean_C: Tensor
+    var_C: Tensor
+    mean: Tensor
+    var: Tensor
+    versions: tuple[int, int]
+
+    def still(self, mean: Tensor, var: Tensor) -> bool:
+        """Whether these are the layer's statistics, and hold what was copied."""
+        return self.mean is mean and self.var is var and self.versions == (mean._version, var._version)
+
+
+def copies_of_moving(layers: Mapping[int, Mapping[str, Tensor | None]]) -> dict[int, Moving]:
+    """The moving statistics of all layers in one copy a device: as two copies a layer they would be half the kernels
+    of recording it.
+
+    Args:
+        layers: by index, each layer's buffers.
+    """
+    by_device: dict[torch.device, list[tuple[int, Tensor, Tensor]]] = {}
+    for index, buffers in layers.items():
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        assert mean is not None
+        assert var is not None
+        by_device.setdefault(mean.device, []).append((index, mean, var))
+    made: dict[int, Moving] = {}
+    for members in by_device.values():
+        flat = [tensor for _, *both in members for tensor in both]
+        copies = torch.cat(flat).split_with_sizes([tensor.numel() for tensor in flat])
+        for (index, mean, var), mean_C, var_C in zip(members, copies[::2], copies[1::2], strict=True):
+            made[index] = Moving(mean_C, var_C, mean, var, (mean._version, var._version))
+    return made
+
+
 Taken: TypeAlias = Observation | BatchNormMoments
 """What one layer's last training forward left."""
 

@@ -105,10 +105,6 @@ class Block:
     limits: Mapping[str, Floats]
     vectors: Mapping[str, Floats]
 
-    def of_row(self, row: int, name: str) -> Floats:
-        """One vector of one row."""
-        return self.vectors[name][self.starts[row] : self.starts[row + 1]]
-
     def span(self, step: int) -> slice:
         """The rows of a step."""
         first, last = np.searchsorted(self.steps, (step, step + 1))

@@ -36,7 +36,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from brn_core.capture import BatchNormMoments, PinnedRing, Segment, Taken, Transfer, host_bytes, pack
+from brn_core.capture import (
+    BatchNormMoments,
+    Moving,
+    PinnedRing,
+    Segment,
+    Taken,
+    Transfer,
+    copies_of_moving,
+    host_bytes,
+    pack,
+)
 from brn_core.client import Client
 from brn_core.complaints import Complaints
 from brn_core.functional import Observation, in_backward
@@ -78,7 +88,8 @@ class Recorder:
     layer in inference mode (frozen) or that does not run in a step has no row for it. Where a layer or the model runs
     several times between two calls of `step` (gradient accumulation, shared layers), the last time counts, with the
     moving statistics that it found. What an activation checkpoint runs again in backward does not count. A
-    SyncBatchNorm is recorded with this rank's own samples.
+    SyncBatchNorm is recorded with this rank's own samples; over several ranks, which torch has for accelerators only,
+    that has not been measured.
 
     Watch the model as it is trained: after `convert_sync_batchnorm` or `convert_batchnorm`, before the first forward of
     a compiled model (a compiled forward does not notice hooks that come later), and what torch.compile answers rather
@@ -180,6 +191,10 @@ class Recorder:
         self._observing = [
             (i, vars(layer)) for i, (_, layer) in enumerate(self._watched) if isinstance(layer, BatchRenorm)
         ]
+        self._batch_norms = {
+            i: layer._buffers for i, (_, layer) in enumerate(self._watched) if not isinstance(layer, BatchRenorm)
+        }
+        self._moving: dict[int, Moving] = {}
         self._taken: dict[int, Taken] = {}
         self._probed: Segment | None = None
         self._shadow: Shadow | None = None
@@ -308,8 +323,7 @@ class Recorder:
             said: dict[str, Any] = {} if failure is None else {"failure": failure[:MAX_FAILURE]}
             if self._reducer.dropped:
                 said["dropped_steps"] = self._reducer.dropped
-            end = RunUpdate(status=status, **said) if self.rank == 0 else None
-            ended &= self._shipper.close(timeout_seconds=left, end=end)
+            ended &= self._shipper.close(timeout_seconds=left, end=RunUpdate(status=status, **said))
             if not ended:
                 logger.warning("run %s: a sending thread still hangs in a connection to %s", self.run_id, self._url)
         if self.dropped_steps:
@@ -339,6 +353,10 @@ class Recorder:
         # not compiled where the model is compiled after it was watched; the layers' hooks are, without a graph break
         before, after = map(torch.compiler.disable, (self._before_forward, self._after_forward))
         handles.append(self._model.register_forward_pre_hook(_Hook(before), with_kwargs=True))
+        inner = unwrapped(self._model)
+        # inside the wrappers, as DistributedDataParallel first sends rank 0's buffers, and not where it is further down
+        if self._batch_norms and not any(map(is_wrapper, inner.modules())):
+            handles.append(inner.register_forward_pre_hook(_Hook(self._copy_moving)))
         if self._shadow_every:
             handles.append(self._model.register_forward_hook(_Hook(after), with_kwargs=True))
         return handles
@@ -363,7 +381,17 @@ class Recorder:
         mean_NC, var_NC = sample_moments(x)
         if var_NC is None:
             mean_NC = mean_NC.clone()  # without positions it may be the input itself, which may change
-        self._taken[index] = BatchNormMoments(mean_NC, var_NC, running_mean.clone(), running_var.clone())
+        moving = None if torch.compiler.is_compiling() else self._moving.pop(index, None)
+        if moving is not None and moving.still(running_mean, running_var):
+            self._taken[index] = BatchNormMoments(mean_NC, var_NC, moving.mean_C, moving.var_C)
+        else:  # compiled, the layer's second time in this forward, or called outside of the model's
+            self._taken[index] = BatchNormMoments(mean_NC, var_NC, running_mean.clone(), running_var.clone())
+
+    def _copy_moving(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling() or not self._due or not module.training or in_backward():
+            return
+        with self._border():
+            self._moving = copies_of_moving(self._batch_norms)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._due and module.training and torch.is_grad_enabled():
@@ -386,7 +414,7 @@ class Recorder:
         """Say what the coming step is asked for, and forget what the last one left."""
         self._due = self._step % self._every == 0
         self._shadow_due = self._shadow_every > 0 and self._step > 0 and self._step % self._shadow_every == 0
-        self._taken = {}
+        self._taken, self._moving = {}, {}
         self._probed = self._shadow = self._shadow_input = None
         for _, layer in self._observing:
             layer["observe"], layer["observed"] = self._due, None
@@ -459,7 +487,13 @@ class Recorder:
 
 
 def watch(model: nn.Module, **settings: Any) -> Recorder:
-    """Record what normalization does in `model`; the keyword arguments are those of `Recorder`."""
+    """Record what normalization does in `model`; the keyword arguments are those of `Recorder`.
+
+    A step is what lies between two calls of the recorder's `step`, one an optimizer step. With gradient accumulation,
+    or where the model runs several times a step, each layer and the input have one row a step: that of the last
+    training forward, whose samples alone it counts, so `batch_size` is that of one forward. What the forwards before
+    it did to the moving statistics is in those that it found; else they are not seen.
+    """
     return Recorder(model, **settings)
 
 

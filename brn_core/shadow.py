@@ -55,8 +55,8 @@ def run_shadow(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
     Args:
         model: as called in training; data-parallel and compiled wrappers are looked through.
-        args: what it was called with.
-        kwargs: what it was called with by name.
+        args: `cloned` before it was called: a model may work in place on its input, then and now.
+        kwargs: the same, of what it was called with by name.
         output: what it answered.
     """
     inner = unwrapped(model)
@@ -65,8 +65,7 @@ def run_shadow(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     with torch.no_grad(), _generators_kept(sorted(devices, key=str)), _modules_kept(inner):
         torch.set_autocast_cache_enabled(False)
         try:
-            # clones, as a model may work in place on its input
-            inferred = inner(*tree_map(_clone, args), **tree_map(_clone, dict(kwargs)))
+            inferred = inner(*args, **kwargs)
         finally:
             torch.set_autocast_cache_enabled(cache_was_enabled)
     return Shadow(tree_map(_detach, output), tree_map(_detach, inferred))

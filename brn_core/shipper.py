@@ -73,7 +73,6 @@ class Shipper(Generic[Item]):
             settled are not sent again.
         sends_leftovers: whether to send what earlier runs left in the spool for the same url; one a host.
         flush_seconds: an item waits at most about this long before it is sent.
-        capacity: items that may wait in memory.
         on_acknowledged: called in the shipper's thread with each acknowledgement.
     """
 
@@ -88,7 +87,6 @@ class Shipper(Generic[Item]):
         journal: Journal | None = None,
         sends_leftovers: bool = False,
         flush_seconds: float = 1.0,
-        capacity: int = CAPACITY,
         on_acknowledged: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         self._client = client
@@ -101,7 +99,6 @@ class Shipper(Generic[Item]):
         self._journal = journal
         self._repeated = None if journal is None else journal.repeated
         self._flush_seconds = flush_seconds
-        self._capacity = capacity
         self._on_acknowledged = on_acknowledged
         self._items: deque[Item] = deque()
         self._waiting_bytes = 0
@@ -148,7 +145,7 @@ class Shipper(Generic[Item]):
         with self._changed:
             if self._repeated is not None and item.step < self._repeated.first:
                 return True  # an earlier process has settled it
-            full = len(self._items) >= self._capacity or self._waiting_bytes + size > CAPACITY_BYTES
+            full = len(self._items) >= CAPACITY or self._waiting_bytes + size > CAPACITY_BYTES
             if self._closing or full:
                 self._dropped += 1
                 return False
@@ -180,6 +177,8 @@ class Shipper(Generic[Item]):
 
     def close(self, *, timeout_seconds: float = 5.0, end: RunUpdate | None = None) -> bool:
         """Send what waits until the deadline, spool the rest, then say `end` of the run. Idempotent.
+
+        Of ranks other than 0 only what they dropped is said, where they did.
 
         Where the thread hangs in a request past the deadline (a name server that does not answer, an answer without
         end), the caller spools what is left; the batch on its way may then be sent twice, and is stored once.
@@ -219,8 +218,8 @@ class Shipper(Generic[Item]):
             self._to_spool(*asked)
         for items, seq in batches:
             self._ship(items, seq)
-        if self._folder is not None and self._end is not None:
-            self._folder.put_end(self._registration, self._last_word(self._end))
+        if self._folder is not None and (last_word := self._last_word()) is not None:
+            self._folder.put_end(self._registration, last_word)
 
     # Everything below runs in the shipper's thread (and, for `_rescue`, in the closing one).
 
@@ -253,8 +252,7 @@ class Shipper(Generic[Item]):
     def _look_into_spool(self) -> None:
         if self._folder is None:
             return
-        if self._rank == 0:
-            self._folder.remove_end()  # of an earlier process of this run: the run goes on
+        self._folder.remove_end()  # of an earlier process of this run: the run goes on
         self._spooled = bool(self._folder.parcels())
 
     def _collect(self) -> tuple[list[Item], int | None, bool]:
@@ -482,20 +480,24 @@ class Shipper(Generic[Item]):
     def _finish(self) -> None:
         while self._spooled and self._may_send():
             self._catch_up()
-        if self._end is None:
+        if (last_word := self._last_word()) is None:
             return
         left = self._seconds_left()
         if not self._spooled and left is not None and left > 0:
             with self._request():
-                answer = self._client.update(self._registration, self._last_word(self._end), within_seconds=left)
+                answer = self._client.update(self._registration, last_word, within_seconds=left)
             if answer.outcome == "stored":
                 self._acknowledged(answer.acknowledgement)
                 return
             self._complaints.say("end", answer.detail)
         if self._folder is not None and not self._abandoned:
-            self._folder.put_end(self._registration, self._last_word(self._end))
+            self._folder.put_end(self._registration, last_word)
 
-    def _last_word(self, end: RunUpdate) -> RunUpdate:
-        """With what was dropped here added to what its maker counts."""
-        dropped = (end.dropped_steps or 0) + self._dropped
-        return end.model_copy(update={"dropped_steps": dropped}) if dropped else end
+    def _last_word(self) -> RunUpdate | None:
+        """The end, with what was dropped here added to what its maker counts; None where there is nothing to say."""
+        if self._end is None:
+            return None
+        dropped = (self._end.dropped_steps or 0) + self._dropped
+        if self._rank != 0:
+            return RunUpdate(dropped_by_rank={self._rank: dropped}) if dropped else None
+        return self._end.model_copy(update={"dropped_steps": dropped}) if dropped else self._end

@@ -10,6 +10,7 @@ Non-finite numbers are values (a diverging run is the run people look at); *miss
 from __future__ import annotations
 
 import io
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -246,6 +247,7 @@ RunId = Annotated[str, StringConstraints(pattern=RUN_ID_PATTERN)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=60, strip_whitespace=True)]
 LayerKind = Literal["BatchRenorm", "BatchNorm", "SyncBatchNorm"]
+DroppedByRank = dict[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 RunStatus = Literal["running", "finished", "failed"]
 
 
@@ -396,7 +398,12 @@ class RunCreate(_Record):
     notes: Notes = ""
     failure: Failure = Field(default="", description="Why the run failed, and which rank; said at its end.")
     dropped_steps: int = Field(
-        default=0, ge=0, description="Recorded steps of rank 0 that will never be stored; said at its end."
+        default=0, ge=0, description="Recorded steps that will never be stored, of all ranks; said at their ends."
+    )
+    dropped_by_rank: DroppedByRank = Field(
+        default_factory=dict,
+        description="The same of each rank that said so. Left out where none did: earlier versions do not know it.",
+        exclude_if=operator.not_,
     )
     layers: tuple[Layer, ...] = Field(default=(), max_length=65536)
 
@@ -409,7 +416,20 @@ class RunUpdate(_Record):
     notes: Notes | None = None
     status: RunStatus | None = None
     failure: Failure | None = None
-    dropped_steps: int | None = Field(default=None, ge=0)
+    dropped_steps: int | None = Field(default=None, ge=0, description="Of rank 0.")
+    dropped_by_rank: DroppedByRank | None = Field(default=None, description="Of these ranks.")
+
+
+def with_drops(known: DroppedByRank, update: RunUpdate) -> dict[str, object]:
+    """What an update changes of a run, where `known` is what its ranks have said of their drops before."""
+    changes = update.model_dump(exclude_none=True, exclude={"status", "dropped_steps", "dropped_by_rank"})
+    said = dict(update.dropped_by_rank or {})
+    if update.dropped_steps is not None:
+        said[0] = update.dropped_steps
+    if said:
+        together = {**known, **said}
+        changes |= {"dropped_steps": sum(together.values()), "dropped_by_rank": together}
+    return changes
 
 
 _END_OF_STREAM: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow IPC: continuation mark, length 0

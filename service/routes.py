@@ -98,7 +98,10 @@ def create_run(body: wire.RunCreate, response: Response, store: StoreOf) -> Run:
         if known is not None:
             response.status_code = status.HTTP_200_OK
             # A run that goes on does not know what people wrote to it meanwhile.
-            body = body.model_copy(update={"notes": body.notes or known.record.notes})
+            kept: dict[str, object] = {"notes": body.notes or known.record.notes}
+            if known.status == "running":  # rank 0 may say of the run what it is after another rank has said its last
+                kept |= wire.with_drops({}, wire.RunUpdate(dropped_by_rank=known.record.dropped_by_rank))
+            body = body.model_copy(update=kept)
         store.put_run(body, "running", known.created_at if known else datetime.now(UTC))
         return answers.run(store, body.id)
 
@@ -132,7 +135,7 @@ def update_run(run: RunPath, body: wire.RunUpdate, store: StoreOf, diagnoser: Di
     """Only what is given changes."""
     with store.writing():
         known = answers.stored_run(store, run)
-        changes = body.model_dump(exclude_none=True, exclude={"status"})
+        changes = wire.with_drops(known.record.dropped_by_rank, body)
         store.put_run(known.record.model_copy(update=changes), body.status or known.status, known.created_at)
         diagnoser.touch(run)
         return answers.run(store, run)

@@ -133,6 +133,7 @@ def test_answers_of_every_bad_kind_lose_nothing(case: Case) -> None:
         Fault(500),
         Fault(429, {"Retry-After": "0"}),
         Fault(503, {"Retry-After": "0.05"}),
+        Fault(503, delay_seconds=0.2),
         Fault(delay_seconds=0.2, hang_up=True),
         Fault(200, body=b"\x00\xff garbage"),
         Fault(200, body=b"{}"),
@@ -168,6 +169,7 @@ def test_a_full_disk_costs_the_steps_it_cannot_hold_and_says_how_many(case: Case
         result = case.finish(process)
         case.sync()
         assert len(stored_steps(service)) == (STEPS - result["dropped"]) * LAYERS
+        assert service.dropped == {case.run_id: result["dropped"]}
     assert result["losses"] == expected
     assert 0 < result["dropped"] < STEPS
 
@@ -209,6 +211,23 @@ def test_eight_ranks_at_once_are_all_stored(case: Case, expected: list[str]) -> 
         assert service.statuses == {case.run_id: "finished"}
 
 
+def test_what_any_rank_lost_to_refusals_is_counted_and_the_run_says_the_sum(case: Case, expected: list[str]) -> None:
+    refusals = [Fault(422)] * 6
+
+    def fault(method: str, path: str) -> Fault | None:
+        return refusals.pop() if "batches" in path and refusals else None
+
+    with FakeService(fault) as service:
+        case.url = service.url
+        ranks = [case.start(f"rank-{rank}", rank=(rank, 3), step_seconds=0.002) for rank in range(3)]
+        results = [case.finish(process, f"rank-{rank}") for rank, process in enumerate(ranks)]
+        for rank, result in enumerate(results):
+            assert result["losses"] == expected
+            assert len(stored_steps(service, rank)) == (STEPS - result["dropped"]) * LAYERS
+        assert service.dropped == {case.run_id: sum(result["dropped"] for result in results)}
+        assert service.dropped[case.run_id] >= 6
+
+
 def test_a_clock_that_jumps_by_hours_moves_nothing(case: Case, expected: list[str]) -> None:
     with FakeService() as service:
         case.url = service.url
@@ -234,7 +253,9 @@ def test_nan_and_infinity_everywhere_arrive(case: Case) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_training_after_the_last_step_is_sent(case: Case, number: signal.Signals) -> None:
+def test_a_signal_ends_training_after_the_last_step_is_sent(
+    case: Case, number: signal.Signals, expected: list[str]
+) -> None:
     with FakeService() as service:
         record = {"url": service.url, "run_id": "r", "spool": str(case.folder / "spool"), "flush_seconds": 3600}
         how = {"result": str(case.folder / "result"), "steps": 10**6, "record": record, "step_seconds": 0.002}
@@ -251,6 +272,8 @@ def test_a_signal_ends_training_after_the_last_step_is_sent(case: Case, number: 
         assert steps == every_step(steps[-1] + 1)
         assert (steps[-1] + 1) % 256, "what came after the last full batch is there too"
         assert service.statuses == {"r": "failed"}
+        losses = [row["value"].hex() for row in service.rows("scalars") if row["name"] == "loss"]
+        assert losses[:STEPS] == expected
 
 
 @pytest.mark.timeout(600)

@@ -173,3 +173,21 @@ def test_why_a_run_failed_is_told_until_it_goes_on(client: httpx.Client, run_id:
     assert failed["dropped_steps"] == 3
     client.post("/v1/runs", json=record).raise_for_status()
     assert client.get(f"/v1/runs/{run_id}").json()["failure"] == ""
+
+
+def test_a_run_says_what_all_its_ranks_dropped_in_whatever_order_they_end(client: httpx.Client, run_id: str) -> None:
+    record = {"id": run_id, "name": "a run", "world_size": 3}
+
+    def told(update: dict[str, object]) -> tuple[int, dict[str, int]]:
+        answer = client.patch(f"/v1/runs/{run_id}", json=update).raise_for_status().json()
+        return answer["dropped_steps"], answer.get("dropped_by_rank", {})
+
+    client.post("/v1/runs", json=record).raise_for_status()
+    assert told({"notes": "so far"}) == (0, {})
+    assert told({"dropped_by_rank": {"2": 4}}) == (4, {"2": 4})
+    client.post("/v1/runs", json=record).raise_for_status()  # rank 0 could not say it earlier
+    for _ in range(2):  # said again, after an answer that was lost
+        assert told({"status": "finished", "dropped_steps": 3}) == (7, {"0": 3, "2": 4})
+    assert told({"dropped_by_rank": {"1": 1}}) == (8, {"0": 3, "1": 1, "2": 4})
+    client.post("/v1/runs", json=record).raise_for_status()  # the run goes on
+    assert client.get(f"/v1/runs/{run_id}").json()["dropped_steps"] == 0

@@ -21,6 +21,7 @@ from typing import Any
 import lightning
 import torch
 
+from brn_core.integrations import sampler_of
 from brn_core.recorder import Recorder, watch
 
 
@@ -34,7 +35,7 @@ class NormalizationCallback(lightning.Callback):  # type: ignore[misc]  # the li
         network: which submodule `training_step` calls, by its name in the LightningModule; "": the module itself, which
             is then to be called as `self(x)`. Its input is what the input probe sees.
         settings: of `brn_core.recorder.Recorder`. The number of planned steps, the batch size, the first step's number
-            and `hparams` as config are taken from the trainer where they are not given.
+            and `hparams` (with the loader's sampler) as config are taken from the trainer where they are not given.
     """
 
     def __init__(self, network: str = "", **settings: Any) -> None:
@@ -55,7 +56,7 @@ class NormalizationCallback(lightning.Callback):  # type: ignore[misc]  # the li
         found = {
             "planned_steps": int(planned) if 0 < planned < float("inf") else None,
             "batch_size": getattr(trainer.train_dataloader, "batch_size", None),
-            "config": dict(pl_module.hparams),
+            "config": {**sampler_of(trainer.train_dataloader), **pl_module.hparams},
             "start_step": trainer.global_step,
         }
         self._done = trainer.global_step

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from brn_core.integrations import sampler_of
 from brn_core.recorder import Recorder, watch
 
 
@@ -35,7 +36,8 @@ class NormalizationCallback(TrainerCallback):  # type: ignore[misc]  # the libra
         shadow_loss: maps the model's output to the batch's loss, for the shadow pass; None where that cannot be, as
             with label smoothing, for which the trainer keeps the labels from the model.
         settings: of `brn_core.recorder.Recorder`. The run's name, the number of planned steps, the batch size, the
-            first step's number and the arguments as config are taken from the trainer where they are not given.
+            first step's number and the arguments (with the loader's sampler) as config are taken from the trainer
+            where they are not given.
     """
 
     def __init__(self, *, shadow_loss: Callable[[Any], Tensor] | None = loss_of, **settings: Any) -> None:
@@ -50,13 +52,19 @@ class NormalizationCallback(TrainerCallback):  # type: ignore[misc]  # the libra
         return self._recorder
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        train_dataloader: object = None,
+        **_: Any,
     ) -> None:
         self._close("failed")  # of a training that ended by an exception
         found = {
             "planned_steps": state.max_steps if state.max_steps > 0 else None,
             "batch_size": args.train_batch_size,
-            "config": args.to_sanitized_dict(),
+            "config": {**args.to_sanitized_dict(), **sampler_of(train_dataloader)},
             "start_step": state.global_step,
         }
         if args.run_name:

@@ -1,5 +1,6 @@
-"""The callbacks inside the real libraries; skipped without them: `pip install 'brn-diagnostics[integrations]'`."""
+"""The callbacks inside the real libraries; skipped without them, except in `make test-integrations`, which has them."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from fake_service import FakeService
 from torch import nn
 
 from brn_core import wire
+from brn_core.integrations import sampler_of
 
 # the libraries warn of one another and of this machine
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("_quiet")]
@@ -26,6 +28,12 @@ def _quiet(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     yield
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("brn-")]
+
+
+def _library(name):
+    if os.environ.get("BRN_TEST_INTEGRATIONS"):
+        return importlib.import_module(name)
+    return pytest.importorskip(name, exc_type=ImportError)
 
 
 @pytest.fixture
@@ -52,12 +60,30 @@ def test_nothing_imports_the_libraries_unasked():
     assert done.stdout == "set()\n"
 
 
+def test_what_chooses_the_samples_is_told_by_its_class():
+    data = torch.utils.data.TensorDataset(torch.zeros(8, 1))
+
+    class Pairs(torch.utils.data.Sampler):
+        def __iter__(self):
+            return iter([[0, 1], [2, 3]])
+
+    loaders = [
+        torch.utils.data.DataLoader(data, batch_size=2),
+        torch.utils.data.DataLoader(data, batch_size=2, shuffle=True),
+        torch.utils.data.DataLoader(data, batch_sampler=Pairs()),
+    ]
+    assert [sampler_of(loader) for loader in loaders] == [
+        {"sampler": name} for name in ("SequentialSampler", "RandomSampler", "Pairs")
+    ]
+    assert sampler_of([1, 2]) == sampler_of(None) == {}
+
+
 # --- Lightning ------------------------------------------------------------------------------------------------------
 
 
 def _fit(service, *, epochs=1, fails_at=None, network="net", record=None, **trainer_settings):
     """Fits a small module; gives losses by step and the callback (None where `record` is False)."""
-    lightning = pytest.importorskip("lightning", exc_type=ImportError)
+    lightning = _library("lightning")
     from brn_core.integrations.lightning import NormalizationCallback
 
     losses = []
@@ -119,7 +145,8 @@ def test_a_fit_is_recorded_step_by_step_and_stays_bit_equal(service):
     assert {row["samples"] for row in service.rows("probe")} == {8}
     assert list(_scalars(service, "val_loss")) == [STEPS], "a validation's number belongs to the next step, once"
     run = wire.RunCreate.model_validate(service.runs["fit"])
-    assert (run.batch_size, run.planned_steps, run.config) == (8, 2 * STEPS, {"width": 8})
+    assert (run.batch_size, run.planned_steps) == (8, 2 * STEPS)
+    assert run.config == {"sampler": "SequentialSampler", "width": 8}
     assert [layer.name for layer in run.layers] == ["1"]
     assert service.statuses == {"fit": "finished"}
 
@@ -167,7 +194,7 @@ trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=8))
 
 
 def test_both_ranks_of_a_distributed_fit_are_recorded_in_one_run(service, tmp_path):
-    pytest.importorskip("lightning", exc_type=ImportError)
+    _library("lightning")
     script = tmp_path / "fit.py"
     script.write_text(_FIT_DDP)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "GLOO_SOCKET_IFNAME": "lo"}
@@ -209,7 +236,7 @@ class _Model(nn.Module):
 
 
 def _trainer(tmp_path, callbacks, *, fails_at=None, **arguments):
-    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    transformers = _library("transformers")
     settings = {"logging_steps": 1, "max_steps": STEPS, "per_device_train_batch_size": 8} | arguments
     args = transformers.TrainingArguments(
         output_dir=str(tmp_path), report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, **settings
@@ -220,7 +247,7 @@ def _trainer(tmp_path, callbacks, *, fails_at=None, **arguments):
 
 
 def _callback(service, **settings):
-    pytest.importorskip("transformers", exc_type=ImportError)
+    _library("transformers")
     from brn_core.integrations.transformers import NormalizationCallback
 
     return NormalizationCallback(
@@ -247,7 +274,7 @@ def test_a_training_is_recorded_step_by_step_and_stays_bit_equal(service, tmp_pa
     assert {row["samples"] for row in service.rows("probe")} == {8}
     run = wire.RunCreate.model_validate(service.runs["train"])
     assert (run.name, run.batch_size, run.planned_steps) == ("mine", 8, STEPS)
-    assert run.config["logging_steps"] == 1
+    assert (run.config["logging_steps"], run.config["sampler"]) == (1, "SeedableRandomSampler")
     assert [layer.name for layer in run.layers] == ["net.1"]
     assert service.statuses == {"train": "finished"}
 

@@ -16,7 +16,7 @@ from brn_core import shipper as module
 from brn_core import wire
 from brn_core.client import Answer, Client, _retry_after_seconds
 from brn_core.complaints import Complaints
-from brn_core.drain import drain
+from brn_core.drain import drain, sync
 from brn_core.packer import StepRows, tables
 from brn_core.shipper import Shipper
 from brn_core.spool import Spool
@@ -282,9 +282,10 @@ def test_delays_grow_and_are_spread(ship, monkeypatch):
     assert all(wait >= 0.05 * 2**i * 0.5 for i, wait in enumerate(waits[:4]))
 
 
-def test_offering_never_waits_and_a_full_queue_drops_the_newest(ship):
+def test_offering_never_waits_and_a_full_queue_drops_the_newest(ship, monkeypatch):
+    monkeypatch.setattr(module, "CAPACITY", 5)
     with FakeService(lambda method, path: Fault(delay_seconds=0.5)) as service:
-        shipper = ship(service.url, capacity=5)
+        shipper = ship(service.url)
         eventually(lambda: service.requests)  # the thread hangs in its registration
         start = time.perf_counter()
         taken = [shipper.offer(_step(i)) for i in range(10)]
@@ -426,6 +427,27 @@ def test_what_is_dropped_up_to_the_very_end_is_said_with_the_end(ship):
         assert service.dropped == {"run-1": 5}, "a run without drops says nothing of them"
 
 
+@pytest.mark.parametrize("away", [False, True])
+def test_every_rank_says_what_it_dropped_and_only_rank_0_how_the_run_ended(ship, tmp_path, away):
+    def fault(method, path):
+        return Fault(503) if away and method == "PATCH" else Fault(422) if path.endswith("/batches") else None
+
+    with FakeService(fault) as service:
+        for rank, steps in enumerate((2, 3, 0)):
+            shipper = ship(service.url, rank=rank, flush_seconds=3600)
+            for step in range(steps):
+                shipper.offer(_step(step))
+            shipper.close(
+                end=RunUpdate(status="finished" if rank == 0 else "failed", dropped_steps=1 if steps else None)
+            )
+        if away:
+            assert service.dropped == {}
+            service.fault = lambda method, path: None
+            assert sync(tmp_path, service.url, None) == 0
+        assert service.dropped == {"run-1": 3 + 4}
+        assert service.statuses == {"run-1": "finished"}
+
+
 # --- a service that is worse than absent ---------------------------------------------------------------------------
 
 
@@ -479,10 +501,10 @@ def test_closing_beside_a_request_that_hangs_spools_what_is_left(ship, tmp_path)
         eventually(lambda: shipper._asked)
         for i in range(1, 300):
             shipper.offer(_step(i))
-        assert not shipper.close(timeout_seconds=0.1, end=RunUpdate(status="finished"))
+        assert not shipper.close(timeout_seconds=0.1, end=RunUpdate(dropped_steps=2))
         folder = Spool(tmp_path).folder("run-1", 1)
         assert sum(parcel.steps for parcel in folder.parcels()) == 300
-        assert folder.end() == RunUpdate(status="finished")
+        assert folder.end() == RunUpdate(dropped_by_rank={1: 2})
         stop.set()
         eventually(lambda: shipper.close(timeout_seconds=0.1))
     assert shipper.dropped == 0

@@ -168,6 +168,32 @@ def test_a_layer_in_two_places_is_one_layer_and_has_the_row_of_its_last_call(ser
     assert row["mu_b"] == pytest.approx(4, abs=1e-4)
 
 
+def test_the_moving_statistics_are_those_that_the_layer_finds(service, tmp_path):
+    """Not those that the model's forward began with, where somebody writes in between or calls the layer alone."""
+
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain, self.written, self.replaced = (nn.BatchNorm2d(3) for _ in range(3))
+
+        def forward(self, x):
+            self.written.running_mean.fill_(2.0)
+            self.replaced.running_mean = torch.full((3,), 3.0)
+            return self.replaced(self.written(self.plain(x)))
+
+    model = Written()
+    recorder = _watch(model, service, tmp_path)
+    model(torch.randn(5, 3, 2, 2)).sum().backward()
+    recorder.step()
+    model.plain.running_mean.fill_(4.0)
+    model.plain(torch.randn(5, 3, 2, 2))
+    recorder.step()
+    recorder.close()
+    assert [(row["step"], row["layer"], row["mu"]) for row in service.rows("layers")] == [
+        (0, 0, 0.0), (0, 1, 2.0), (0, 2, 3.0), (1, 0, 4.0),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
 def test_frozen_layers_have_no_row_and_layers_that_thaw_have_one_from_then_on(service, tmp_path, norm):
     model = ResNet(norm)
@@ -324,6 +350,10 @@ def test_two_data_parallel_ranks_train_to_the_same_bits_and_each_has_its_own_row
     for rank in range(2):
         assert [row["step"] for row in service.rows("layers", rank)] == list(range(5))
         assert [row["step"] for row in service.rows("probe", rank)] == list(range(5))
+    # rank 0's buffers, which every rank gets at the start of its forward, and its forward moves
+    moving = [[row["mu"] for row in service.rows("layers", rank)] for rank in range(2)]
+    assert moving[0] == moving[1]
+    assert len({*moving[0]}) == 5
 
 
 def test_every_statistic_of_a_verdict_follows_from_stored_rows(service, tmp_path):

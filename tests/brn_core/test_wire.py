@@ -252,6 +252,14 @@ def test_settings_that_only_look_like_secrets_are_kept():
     assert wire.without_secrets(given) == given
 
 
+def test_a_run_without_drops_reads_as_before_they_were_counted_by_rank():
+    run = wire.RunCreate(id="r", name="r")
+    assert "dropped_by_rank" not in run.model_dump_json()
+    told = run.model_copy(update=wire.with_drops({}, wire.RunUpdate(dropped_by_rank={3: 2})))
+    assert wire.RunCreate.model_validate_json(told.model_dump_json()) == told
+    assert (told.dropped_steps, told.dropped_by_rank) == (2, {3: 2})
+
+
 def test_notes_and_failures_are_kept_without_secrets():
     text = "no answer from http://me:hunter22@host: --token hunter22"
     run = wire.RunCreate(id="r", name="r", notes=text, failure=text)

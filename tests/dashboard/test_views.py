@@ -123,10 +123,11 @@ def test_a_run_that_fell_silent_says_since_when_and_what_to_do(state: str, said:
 
 
 def test_a_run_that_failed_says_why() -> None:
-    run = a_run(state="failed").model_copy(update={"failure": "rank 1 of 2 ended with <SIGKILL>", "dropped_steps": 7})
+    said = {"failure": "rank 1 of 2 ended with <SIGKILL>", "dropped_steps": 7, "dropped_by_rank": {0: 3, 1: 4}}
+    run = a_run(state="failed").model_copy(update=said)
     html = templating.templates.get_template("run_head.html").render(view=views.run_view(run, []), run=run)
     assert "Training failed: rank 1 of 2 ended with &lt;SIGKILL&gt;" in html
-    assert "rank 0 dropped 7 steps" in html
+    assert "The recorder dropped 7 steps of 2 ranks, counted together:" in html
 
 
 class TestLayerPage:
