@@ -315,13 +315,18 @@ def _mean_and_low(values_TKL: Floats) -> tuple[Floats, Floats]:
 
 
 def _gap_rise(before_TKL: Floats, after_TKL: Floats, late_L: Bools) -> float | None:
-    """How many times the mean gap before the largest 20-row mean after is, where beyond `GAP_RISE`."""
+    """How many times the mean gap before the largest 20-row mean after is, beyond `GAP_RISE`, of a gap that matters.
+
+    Once the limits are open nothing pins the means of deep layers, and a small gap may grow threefold without harm:
+    what matters is one that NH-LAG would warn of.
+    """
     before_L = np.nanmean(np.where(np.isfinite(before_TKL), before_TKL, np.nan)[-LOOK_ROWS:], axis=(0, 1))
     parts = [part for part in np.array_split(after_TKL, max(1, len(after_TKL) // 20)) if np.isfinite(part).any()]
     if not parts:
         return None
     after_L = np.max([np.where(np.isfinite(p), p, 0.0).mean((0, 1)) for p in parts], axis=0)
-    rise = float(np.max(np.where(late_L & (before_L > 0), after_L / np.where(before_L > 0, before_L, 1), 0.0)))
+    grown_L = late_L & (before_L > 0) & (after_L > LAG_WARNING)
+    rise = float(np.max(np.where(grown_L, after_L / np.where(before_L > 0, before_L, 1), 0.0)))
     return rise if rise > GAP_RISE else None
 
 

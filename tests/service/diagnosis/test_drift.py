@@ -177,6 +177,13 @@ def test_a_gap_that_grows_threefold_counts_as_suffering_too(make_window: MakeWin
     assert "the gap grew" in finding.summary
 
 
+def test_a_small_gap_may_grow_threefold_once_the_limits_no_longer_pin_the_means(make_window: MakeWindow) -> None:
+    at = opening(drift=0.03, loss_after=1.0, gap_after=3.5)
+    at.rows.columns["gap"] *= 0.02 / at.rows.columns["gap"][:50].mean()
+
+    assert named(opened(make_window, at), "NH-SCHED-FAST") is None
+
+
 @pytest.mark.parametrize(
     "calm", [{"drift": 0.0, "loss_after": 1.6}, {"drift": 0.03, "loss_after": 1.05}, {"drift": 0.0, "loss_after": 1.0}]
 )
