@@ -13,7 +13,7 @@ its last bits; answers in JSON are rounded far above those.
 """
 
 from service.answers.buckets import bucket_width
-from service.answers.comparison import compare
+from service.answers.comparison import compare, scalar_of
 from service.answers.curves import heatmap, scalars, series, summary
 from service.answers.files import export
 from service.answers.records import NOT_YET, is_stored, layers, page, run, runs, stored_run
@@ -40,6 +40,7 @@ __all__ = [
     "recorded",
     "run",
     "runs",
+    "scalar_of",
     "scalars",
     "schedule",
     "series",

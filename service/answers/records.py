@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal
@@ -74,6 +74,19 @@ def known(store: Store, run_id: str) -> State:
     state = State(stored_run(store, run_id), store.extent(run_id))
     store.settle(run_id)
     return state
+
+
+def known_runs(store: Store, run_ids: Sequence[str]) -> list[State]:
+    """Several runs as stored now, in this order, as `known` gives one; a server is asked for all of them at once.
+
+    Raises:
+        NotFound: there is none of one of these ids.
+    """
+    records, extents = store.records_of(run_ids), store.extents_of(run_ids)
+    states = [State(records.get(run) or stored_run(store, run), extents.get(run, Extent())) for run in run_ids]
+    for run in run_ids:
+        store.settle(run)
+    return states
 
 
 def stored_run(store: Store, run_id: str) -> StoredRun:
