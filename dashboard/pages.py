@@ -7,7 +7,8 @@ fetches figures as JSON (`figure_routes`). What a page shows is in its address.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Final
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, get_args
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -38,6 +39,7 @@ from dashboard.views import (
 from service import answers, windows
 from service.access import require_token
 from service.answers.records import RunOrder
+from service.diagnosis.finding import SEVERITIES, Severity
 from service.errors import Invalid, NotFound
 from service.memo import Memo
 from service.schemas import Ranks, Run, RunState
@@ -53,61 +55,76 @@ SLOW: Final = 1.5
 
 # ---------------------------------------------------------------------------------------------------------- all runs
 
-Search = Annotated[str, Query(max_length=200)]
 Words = Annotated[list[str], Query()]
 
 
-@router.get("/")
-def runs_page(
-    request: Request,
-    search: Search = "",
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Which runs a list is to show, and in which order: what its address says."""
+
+    search: str
+    tags: tuple[str, ...]
+    states: tuple[RunState, ...]
+    severities: tuple[Severity, ...]
+    sort: RunOrder
+    ascending: bool
+    cursor: str | None
+
+    def filters(self) -> list[tuple[str, str]]:
+        """The parameters that choose."""
+        return [
+            *[("search", self.search)] * bool(self.search),
+            *[("tag", tag) for tag in self.tags],
+            *[("state", state) for state in self.states],
+            *[("severity", severity) for severity in self.severities],
+        ]
+
+    def order(self) -> list[tuple[str, str]]:
+        """The parameters that order."""
+        return [("sort", self.sort)] * (self.sort != "created") + [("ascending", "true")] * self.ascending
+
+
+def _asked(
+    search: Annotated[str, Query(max_length=200)] = "",
     tag: Words = [],  # noqa: B006 FastAPI copies it
     state: Annotated[list[RunState], Query()] = [],  # noqa: B006
+    severity: Annotated[list[Severity], Query()] = [],  # noqa: B006
     sort: RunOrder = "created",
     ascending: bool = False,
     cursor: str | None = None,
-) -> Response:
-    context = _runs_context(request, search, tag, state, sort, ascending, cursor)
-    return render(request, "runs.html", context)
+) -> Asked:
+    tags = tuple(dict.fromkeys(filter(None, tag)))  # the form's choice of one more tag may be none
+    return Asked(search, tags, tuple(state), tuple(severity), sort, ascending, cursor)
+
+
+AskedOf = Annotated[Asked, Depends(_asked)]
+
+
+@router.get("/")
+def runs_page(request: Request, asked: AskedOf) -> Response:
+    return render(request, "runs.html", _runs_context(request, asked))
 
 
 @router.get("/fragment")
-def runs_fragment(
-    request: Request,
-    search: Search = "",
-    tag: Words = [],  # noqa: B006
-    state: Annotated[list[RunState], Query()] = [],  # noqa: B006
-    sort: RunOrder = "created",
-    ascending: bool = False,
-    cursor: str | None = None,
-) -> Response:
-    context = _runs_context(request, search, tag, state, sort, ascending, cursor)
-    return render(request, "runs_live.html", context)
+def runs_fragment(request: Request, asked: AskedOf) -> Response:
+    return render(request, "runs_live.html", _runs_context(request, asked))
 
 
-def _runs_context(
-    request: Request,
-    search: str,
-    tags: list[str],
-    states: list[RunState],
-    sort: RunOrder,
-    ascending: bool,
-    cursor: str | None,
-) -> dict[str, Any]:
+def _runs_context(request: Request, asked: Asked) -> dict[str, Any]:
     store = store_of(request)
     page = answers.page(
         store,
-        search=search,
-        tags=tags,
-        states=states,
-        sort=sort,
-        descending=not ascending,
+        search=asked.search,
+        tags=asked.tags,
+        states=asked.states,
+        severities=asked.severities,
+        sort=asked.sort,
+        descending=not asked.ascending,
         limit=PAGE_RUNS,
-        cursor=cursor,
+        cursor=asked.cursor,
     )
     glances: Glances = request.app.state.glances
-    asked = [("search", search)] * bool(search) + [("tag", tag) for tag in tags] + [("state", own) for own in states]
-    order = [("sort", sort)] * (sort != "created") + [("ascending", "true")] * ascending
+    filters, order = asked.filters(), asked.order()
 
     def address(pairs: Sequence[tuple[str, str]]) -> str:
         return f"/?{urlencode(pairs)}" if pairs else "/"
@@ -116,30 +133,25 @@ def _runs_context(
         "views": [run_view(run, _layers(request, run)) for run in page.runs],
         "glances": glances.of(store, page.runs),
         "page": page,
-        "filtered": bool(asked),
-        "search": search,
-        "tags": tags,
-        "chosen_states": states,
+        "asked": asked,
+        "filtered": bool(filters),
         "states": STATES,
-        "sort": sort,
-        "ascending": ascending,
-        "first_href": address([*asked, *order]) if cursor else None,
-        "next_href": address([*asked, *order, ("cursor", page.next)]) if page.next else None,
+        "severities": SEVERITIES[::-1],
+        "all_tags": answers.tags(store),
+        "first_href": address([*filters, *order]) if asked.cursor else None,
+        "next_href": address([*filters, *order, ("cursor", page.next)]) if page.next else None,
         "sort_href": {
-            name: address(
-                [*asked, *[("sort", name)] * (name != "created"), *_turned(name, sort=sort, ascending=ascending)]
-            )
-            for name in ("created", "updated", "name", "last_step")
+            name: address([*filters, *[("sort", name)] * (name != "created"), *_turned(name, asked)])
+            for name in get_args(RunOrder)
         },
-        "tag_href": lambda tag: address([("tag", tag)]),
-        "untag_href": lambda tag: address([pair for pair in asked if pair != ("tag", tag)] + order),
+        "tag_href": lambda tag: address([*filters, *[("tag", tag)] * (tag not in asked.tags), *order]),
         "root": str(request.base_url).rstrip("/"),
     }
 
 
-def _turned(name: str, *, sort: str, ascending: bool) -> list[tuple[str, str]]:
+def _turned(name: str, asked: Asked) -> list[tuple[str, str]]:
     """A second click on a heading turns the order round; names begin with a."""
-    up = not ascending if name == sort else name == "name"
+    up = not asked.ascending if name == asked.sort else name == "name"
     return [("ascending", "true")] if up else []
 
 

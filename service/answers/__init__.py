@@ -16,7 +16,7 @@ from service.answers.buckets import bucket_width
 from service.answers.comparison import compare, scalar_of
 from service.answers.curves import heatmap, scalars, series, summary
 from service.answers.files import export
-from service.answers.records import NOT_YET, is_stored, layers, page, run, runs, stored_run
+from service.answers.records import NOT_YET, is_stored, layers, page, run, runs, stored_run, tags
 from service.answers.snapshots import History, channels, history
 from service.answers.spread import ranks
 from service.answers.stream import probe
@@ -46,4 +46,5 @@ __all__ = [
     "series",
     "stored_run",
     "summary",
+    "tags",
 ]

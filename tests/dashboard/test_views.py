@@ -20,6 +20,7 @@ from dashboard.pages import rank_rows
 from service.diagnosis.finding import Diagnosis, Finding, Verdict
 from service.schemas import Comparison, Probe, RankHealth, Ranks, Run
 from service.settings import Settings
+from service.store import Store
 
 
 def finding(
@@ -82,25 +83,45 @@ class TestRunList:
         return [f"{run_id}-{name}" for name in "abc"]
 
     def test_is_searched_filtered_and_sorted_by_its_address(
-        self, client: httpx.Client, run_id: str, three: list[str]
+        self, client: httpx.Client, store: Store, run_id: str, three: list[str]
     ) -> None:
         a, b, c = three
+        store.put_verdict(a, Verdict(code="HEALTHY", severity="ok", summary="-"))
+        store.put_verdict(b, Verdict(code="NH-GAP", severity="critical", summary="-"))
         for query, expected in (
             ("sort=name&ascending=true", [a, b, c]),
             ("", [c, a, b]),
             ("tag=t", [a, b]),
             ("tag=t&tag=u", [a]),
             ("state=finished", [c]),
+            ("severity=critical&sort=severity", [b]),
+            ("sort=severity", [b, c, a]),
+            ("sort=severity&ascending=true&tag=", [a, c, b]),
         ):
             assert rows_of(client.get(f"/?search={run_id}&{query}").text) == expected, query
 
     def test_what_it_was_asked_for_is_in_the_form_and_in_every_link(
         self, client: httpx.Client, run_id: str, three: list[str]
     ) -> None:
-        page = client.get(f"/?search={run_id}&state=finished").text
+        page = client.get(f"/?search={run_id}&state=finished&severity=ok&severity=info&tag=").text
         assert f'value="{run_id}"' in page
         assert re.search(r'value="finished"\s+checked', page)
-        assert f"search={run_id}&amp;state=finished&amp;sort=name&amp;ascending=true" in page
+        for name in ("ok", "info"):
+            assert re.search(rf'name="severity" value="{name}"\s+checked', page)
+        asked = f"search={run_id}&amp;state=finished&amp;severity=ok&amp;severity=info"
+        assert f"{asked}&amp;sort=name&amp;ascending=true" in page
+        assert f"{asked}&amp;sort=severity" in page
+        tagged = client.get(f"/?search={run_id}&tag=t&sort=name").text
+        assert re.search(r'name="tag" value="t"\s+checked', tagged)
+        assert f'"/?search={run_id}&amp;tag=t&amp;tag=u&amp;sort=name"' in tagged  # a click on another tag narrows it
+
+    def test_says_when_a_run_began_and_orders_by_it(self, client: httpx.Client, run_id: str, three: list[str]) -> None:
+        page = client.get(f"/?search={run_id}").text
+        assert re.search(
+            r'aria-sort="descending"><a href="/\?search=[^"]*&amp;ascending=true" data-order>Created', page
+        )
+        began = client.get(f"/v1/runs/{three[0]}").json()["created_at"].replace("000Z", "+00:00")
+        assert page.count(f'data-label="created"><time datetime="{began}"') == 1
 
     def test_no_run_fits_is_said(self, client: httpx.Client) -> None:
         assert "No run fits" in client.get("/?search=nothing-is-called-this").text

@@ -25,6 +25,7 @@ from service.answers import what_if
 from service.answers.comparison import Axis
 from service.answers.records import CRASHED_SECONDS, STALLED_SECONDS, state_of
 from service.answers.spread import NEWEST_STEPS
+from service.diagnosis.finding import Verdict
 from service.errors import Invalid, NotFound
 from service.memo import Memo
 from service.schemas import rounded
@@ -183,6 +184,22 @@ def test_runs_are_found_by_text_tag_and_state(client: httpx.Client, several: str
     assert listed(client, f"{several} lucky") == [2]
     assert listed(client, several, state="finished") == [2]
     assert listed(client, several, state=["finished", "running"]) == [4, 3, 2, 1, 0]
+
+
+def test_runs_are_ordered_and_chosen_by_the_severity_of_their_verdict(
+    client: httpx.Client, store: Store, run_id: str
+) -> None:
+    verdicts = ("HEALTHY ok", "NH-GAP critical", "WARMUP ok", "NH-SMALL critical", "NH-LAG warning")
+    for i, (code, severity) in enumerate(map(str.split, verdicts)):
+        create(client, run_record(f"{run_id}-{i}"))
+        store.put_verdict(f"{run_id}-{i}", Verdict.model_validate({"code": code, "severity": severity, "summary": "-"}))
+    for limit in (1, 2, 5):
+        assert listed(client, run_id, limit=limit, sort="severity") == [3, 1, 4, 2, 0]  # equal ones: the newest first
+        assert listed(client, run_id, limit=limit, sort="severity", ascending=True) == [0, 2, 4, 1, 3]
+    assert listed(client, run_id, severity="critical") == [3, 1]
+    assert listed(client, run_id, severity=["ok", "warning"]) == [4, 0]
+    assert listed(client, run_id, severity="info") == [2]  # what is still to come is no good news
+    assert client.get("/v1/runs?severity=terrible").status_code == 422
 
 
 def test_a_run_that_goes_away_between_two_pages_hides_no_other(client: httpx.Client, several: str) -> None:
