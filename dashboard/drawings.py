@@ -241,18 +241,20 @@ def compared(
     panels = [Panel(METRIC[look.stat].label, tuple(of_stat), log=METRIC[look.stat].group in ("gap", "noise"))]
     if scalar:
         panels.insert(0, Panel(scalar, tuple(of_scalar)))
-    return comparison(panels, by_fraction=fraction, palette=look.palette)
+    return comparison(panels, by_fraction=fraction, compact=look.compact, palette=look.palette)
 
 
-def comparison_of(store: Store, run_ids: Sequence[str], stat: str, by: Axis) -> tuple[Comparison, list[Run]]:
-    """The service's answer for so many runs as a page shows.
+def comparison_of(
+    store: Store, run_ids: Sequence[str], stats: Sequence[str], by: Axis = "step"
+) -> tuple[Comparison, list[Run]]:
+    """The service's answer for so many runs as a page shows; without `stats` only in what they differ.
 
     Raises:
         NotFound, Invalid: as `answers.compare`.
     """
     if len(run_ids) > MOST_RUNS:
         raise Invalid(f"a page compares up to {MOST_RUNS} runs, got {len(run_ids)}: choose fewer")
-    found = answers.compare(store, run_ids, [stat], by=by, points=200, most=MOST_RUNS)
+    found = answers.compare(store, run_ids, stats, by=by, points=200, most=MOST_RUNS)
     now = datetime.now(UTC)
     return found, [state.run(now) for state in known_runs(store, [own.run for own in found.runs])]
 

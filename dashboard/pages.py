@@ -6,6 +6,7 @@ fetches figures as JSON (`figure_routes`). What a page shows is in its address.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, get_args
@@ -16,6 +17,7 @@ from fastapi.responses import RedirectResponse
 
 from brn_core.wire import Layer, Schedule
 from dashboard import drawings
+from dashboard.differences import compare_context
 from dashboard.drawings import store_of
 from dashboard.figures import causes as cause_views
 from dashboard.figures import channels as channel_views
@@ -25,19 +27,19 @@ from dashboard.figures import moments as moment_views
 from dashboard.figures import rank_spread as rank_views
 from dashboard.figures import schedule as schedules
 from dashboard.glance import Glances
-from dashboard.report import comparison_report, run_report
+from dashboard.report import Shown, comparison_report, run_report
 from dashboard.templating import render
 from dashboard.views import (
     DEFAULT_STATISTIC,
     by_severity,
-    compare_context,
     finding_keys,
     finding_view,
     run_view,
     statistic_groups,
 )
-from service import answers, windows
+from service import answers, history, windows
 from service.access import require_token
+from service.answers.comparison import Axis
 from service.answers.records import RunOrder
 from service.diagnosis.finding import SEVERITIES, Severity
 from service.errors import Invalid, NotFound
@@ -49,6 +51,8 @@ router = APIRouter(include_in_schema=False, dependencies=[Depends(require_token)
 PAGE_RUNS: Final = 50
 STATES: Final[tuple[RunState, ...]] = ("running", "stalled", "crashed", "finished", "failed")
 WORST_CHANNELS: Final = 12
+COMPARE_SECONDS: Final = 1.0
+"""A comparison waits no longer for diagnoses that nobody asked for yet: they come with its next refresh."""
 SLOW: Final = 1.5
 """A rank is called slow when its steps take so many times those of the rank in the middle."""
 
@@ -327,10 +331,18 @@ def _compare_context(request: Request, runs: str) -> dict[str, Any]:
     ids = [own for own in dict.fromkeys(runs.split(",")) if own]
     if len(ids) < 2:
         raise Invalid("choose two or more runs in the list of runs to compare them")
-    found, records = drawings.comparison_of(store_of(request), ids, DEFAULT_STATISTIC, "step")
-    return compare_context(found, records) | {"ids": ids}
+    store = store_of(request)
+    found, records = drawings.comparison_of(store, ids, [])
+    deadline = time.monotonic() + COMPARE_SECONDS
+    diagnoses = [
+        windows.diagnosis(store, own) if time.monotonic() < deadline else windows.computed(store, own) for own in ids
+    ]
+    return compare_context(found, records, diagnoses, history.beginnings(store, ids)) | {"ids": ids}
 
 
 @router.get("/compare/report")
-def compare_report_file(request: Request, runs: str) -> Response:
-    return _file(comparison_report(store_of(request), runs.split(",")), "comparison.html")
+def compare_report_file(
+    request: Request, runs: str, by: Axis = "step", stat: str = DEFAULT_STATISTIC, scalar: str = "", group: str = ""
+) -> Response:
+    ids = [own for own in runs.split(",") if own]
+    return _file(comparison_report(store_of(request), ids, Shown(by, stat, scalar, group)), "comparison.html")

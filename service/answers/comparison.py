@@ -34,7 +34,8 @@ def compare(
     """Statistics of several runs on one axis, with the differences of their configuration and their final scalars.
 
     By step, all runs share their buckets. By fraction, a run's own buckets stand at step / total, the total being the
-    planned steps or, without a plan, the newest step. However many runs there are, each table is asked once.
+    planned steps or, without a plan, the newest step. However many runs there are, each table is asked once. Without
+    `stats` it is about differences alone, and the runs have no steps.
 
     Raises:
         NotFound: one of the runs does not exist.
@@ -43,7 +44,7 @@ def compare(
     run_ids = list(dict.fromkeys(run_ids))
     if not 2 <= len(run_ids) <= most:
         raise Invalid(f"name 2 to {most} different runs with run=, got {len(run_ids)}")
-    stats = checked_stats(stats)
+    stats = checked_stats(stats) if stats else []
     states = known_runs(store, run_ids)
     firsts = [s.extent.first_step for s in states if s.extent.first_step is not None]
     lasts = [s.extent.last_step for s in states if s.extent.last_step is not None]
@@ -52,16 +53,9 @@ def compare(
         state.stored.record.id: part_of(state, points, layer=layer, rank=rank, width=shared).width for state in states
     }
     only = {"layer = {layer:UInt16}": ("layer", layer), "rank = {rank:UInt32}": ("rank", rank)}
-    parts = _by_run(
-        _bucketed(
-            store,
-            "layers",
-            stats,
-            widths,
-            where=[clause for clause, (_, value) in only.items() if value is not None],
-            **{name: value for name, value in only.values() if value is not None},
-        )
-    )
+    where = [clause for clause, (_, value) in only.items() if value is not None]
+    named = {name: value for name, value in only.values() if value is not None}
+    parts = _by_run(_bucketed(store, "layers", stats, widths, where=where, **named)) if stats else {}
     runs = []
     for state in states:
         run_id, total = state.stored.record.id, _total(state)

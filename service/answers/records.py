@@ -138,9 +138,9 @@ _SORTS: Final[dict[RunOrder, Callable[[State], float | str]]] = {
 
 
 def severity_of(stored: StoredRun) -> Severity:
-    """How severe the verdict of a run is; one that is still to come is no good news: WARMUP counts as info."""
+    """How severe the verdict of a run is; one that is still to come is no good news: it counts as info."""
     verdict = stored.verdict or NOT_YET
-    return "info" if verdict.code == "WARMUP" else verdict.severity
+    return "info" if verdict.code in ("WARMUP", "NO_DATA") else verdict.severity
 
 
 def runs(store: Store) -> list[Run]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -14,11 +15,12 @@ import synthetic as made
 
 from brn_core import wire
 from dashboard import report, templating, views
+from dashboard.figures.palette import PALETTES
 from dashboard.figures.probe import inputs_of_ranks
 from dashboard.figures.rank_spread import shown_ranks
 from dashboard.pages import rank_rows
 from service.diagnosis.finding import Diagnosis, Finding, Verdict
-from service.schemas import Comparison, Probe, RankHealth, Ranks, Run
+from service.schemas import Probe, RankHealth, Ranks, Run
 from service.settings import Settings
 from service.store import Store
 
@@ -202,7 +204,8 @@ def test_of_two_ranks_one_is_slow() -> None:
 
 def test_a_verdict_still_to_come_has_no_check_mark() -> None:
     tone = templating.templates.get_template("parts.html").module.tone
-    assert tone(Verdict(code="WARMUP", severity="ok", summary="-")) == "info"
+    for code in ("WARMUP", "NO_DATA"):
+        assert tone(Verdict(code=code, severity="ok", summary="-")) == "info"
     assert tone(Verdict(code="HEALTHY", severity="ok", summary="-")) == "ok"
 
 
@@ -277,15 +280,6 @@ class TestComparison:
         assert client.get(f"/compare?runs={','.join(ids)}").status_code == 200
         assert client.get("/v1/compare", params={"run": ids, "stat": "gap"}).status_code == 422
 
-    def test_what_config_repeats_of_the_record_is_a_column_once(self) -> None:
-        found = Comparison(
-            by="step",
-            runs=[],
-            final={},
-            config={"batch_size": [1, 2], "config.batch_size": [1, 2], "config.lr": [1, 2]},
-        )
-        assert sorted(views.compare_context(found, [])["settings"]) == ["batch_size", "config.lr"]
-
 
 class TestReport:
     def test_loads_nothing_and_holds_everything(self, client: httpx.Client, run_id: str) -> None:
@@ -294,7 +288,12 @@ class TestReport:
         assert answer.headers["content-disposition"] == f'attachment; filename="{run_id}.html"'
         head = answer.text.partition("<script>")[0]
         assert not re.findall(r'(?:src|href)="', head)
-        assert head.count('<script type="application/json">') == 5
+        figures = re.findall(r'<script type="application/json">(.*?)</script>', answer.text, re.DOTALL)
+        assert len(figures) == 5
+        for figure in map(json.loads, figures):  # for either theme
+            for theme, palette in PALETTES.items():
+                assert palette.text in json.dumps(figure[theme]["layout"])
+            assert PALETTES["light"].text not in json.dumps(figure["dark"])
 
     def test_of_several_runs_is_a_comparison(self, client: httpx.Client, run_id: str) -> None:
         for own in (run_id, f"{run_id}-2"):
@@ -346,9 +345,13 @@ class TestReport:
 
         assert f'<h1 data-part="name">{client.get(f"/v1/runs/{run_id}").json()["name"]}</h1>' in written(run_id)
         assert "2 runs compared" in written(run_id, f"{run_id}-b")
+        page = f"/compare?runs={run_id},{run_id}-b&by=fraction&stat=clip_r&scalar=loss&group=tag"
+        for address in (page, f"{client.base_url}{page}"):  # what the page of this address shows
+            assert '"name":"no tag (2 runs)"' in written(address)
+        assert "share of the planned steps" in written(page)
         (tmp_path / "it.html").unlink()
         capsys.readouterr()
-        for unknown in ("nobody", "../../healthz"):
+        for unknown in ("nobody", "../../healthz", "/compare?by=time&runs=a,b", "/runs/nobody/ranks"):
             assert report.main(["--report", unknown, "-o", str(tmp_path / "it.html"), *own], prog="brn-serve") == 1
             assert capsys.readouterr().err.count("\n") == 1
         own[-1] = "1"

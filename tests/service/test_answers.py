@@ -189,7 +189,7 @@ def test_runs_are_found_by_text_tag_and_state(client: httpx.Client, several: str
 def test_runs_are_ordered_and_chosen_by_the_severity_of_their_verdict(
     client: httpx.Client, store: Store, run_id: str
 ) -> None:
-    verdicts = ("HEALTHY ok", "NH-GAP critical", "WARMUP ok", "NH-SMALL critical", "NH-LAG warning")
+    verdicts = ("HEALTHY ok", "NH-GAP critical", "NO_DATA ok", "NH-SMALL critical", "NH-LAG warning")
     for i, (code, severity) in enumerate(map(str.split, verdicts)):
         create(client, run_record(f"{run_id}-{i}"))
         store.put_verdict(f"{run_id}-{i}", Verdict.model_validate({"code": code, "severity": severity, "summary": "-"}))
