@@ -14,6 +14,7 @@
       const { data, layout } = figure();
       const caption = section.querySelector(".caption");
       if (caption) caption.textContent = layout.meta?.caption ?? "";
+      plot.style.minHeight = `${layout.height}px`; // also while a window is sized anew
       await api.react(plot, data, layout, {
         responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "",
         modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "toImage"],

@@ -105,6 +105,13 @@ export function runsPage() {
     else chosen.delete(box.value);
     show();
   });
+  // By keyboard from any row straight to what can be done with the chosen ones.
+  document.addEventListener("keydown", (event) => {
+    const box = event.target;
+    if (event.key !== "Enter" || !(box instanceof HTMLInputElement) || box.name !== "run" || bar.hidden) return;
+    event.preventDefault();
+    /** @type {HTMLElement} */ (bar.querySelector("button:enabled")).focus();
+  });
   document.addEventListener("partschange", show);
   document.getElementById("none")?.addEventListener("click", () => { chosen.clear(); show(); });
   document.getElementById("compare")?.addEventListener("click", () => location.assign(`/compare?runs=${[...chosen.keys()].join(",")}`));
