@@ -86,6 +86,11 @@ def diagnosis(store: Store, run_id: str) -> Diagnosis:
     return history.known(store, store.diagnoses.get((run_id, *state.cursor, recent.version), compute))
 
 
+def computed(store: Store, run_id: str) -> Diagnosis | None:
+    """What `diagnosis` would answer, if that was computed already."""
+    return store.diagnoses.peek((run_id, *_known(store, run_id).cursor))
+
+
 def window(store: Store, run_id: str) -> Window:
     """The rows a diagnosis of a run looks at: the newest recorded steps, oldest first, as arrays."""
     state = _State(stored_run(store, run_id), store.extent(run_id))

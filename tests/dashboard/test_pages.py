@@ -19,6 +19,7 @@ from pydantic import SecretStr
 
 from brn_core import wire
 from dashboard import login, templating, views
+from dashboard.pages import Asked
 from service.access import COOKIE
 from service.diagnosis.finding import Finding
 from service.schemas import Run, Runs
@@ -79,8 +80,9 @@ class TestRunList:
         assert "<html" not in fragment
 
     def test_without_runs_shows_three_lines_that_start_one(self) -> None:
+        nothing = Asked("", (), (), (), "created", ascending=False, cursor=None)
         html = templating.templates.get_template("runs_live.html").render(
-            views=[], filtered=False, tags=[], sort_href={}, page=answers_page(), root="http://127.0.0.1:9999"
+            views=[], filtered=False, asked=nothing, sort_href={}, page=answers_page(), root="http://127.0.0.1:9999"
         )
         code = re.search(r"<code>(.*?)</code>", html, re.DOTALL)
         assert code is not None
