@@ -30,12 +30,11 @@ from dashboard.views import (
     DEFAULT_STATISTIC,
     by_severity,
     compare_context,
-    finding_keys,
-    finding_view,
+    findings_context,
     run_view,
     statistic_groups,
 )
-from service import answers, windows
+from service import answers, history, windows
 from service.access import require_token
 from service.answers.records import RunOrder
 from service.errors import Invalid, NotFound
@@ -278,18 +277,18 @@ def _run_context(request: Request, run_id: str) -> dict[str, Any]:
     context = _head_context(request, run_id)
     run: Run = context["run"]
     diagnosis = windows.diagnosis(store_of(request), run_id)
-    keys = dict(zip(map(id, diagnosis.findings), finding_keys(diagnosis.findings), strict=True))
-    findings = by_severity(diagnosis.findings)
-    return context | {
-        "diagnosis": diagnosis,
-        "findings": findings,
-        "shown_by": [finding_view(finding, keys[id(finding)], run) for finding in findings],
-        "heights": {
-            "schedule": schedules.HEIGHT,
-            "heatmap": layer_maps.height(len(run.layers)),
-            "causes": cause_views.HEIGHT,
-        },
-    }
+    past = history.of_run(store_of(request), run_id).findings
+    return (
+        context
+        | findings_context(diagnosis, past, run)
+        | {
+            "heights": {
+                "schedule": schedules.HEIGHT,
+                "heatmap": layer_maps.height(len(run.layers)),
+                "causes": cause_views.HEIGHT,
+            },
+        }
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- comparison

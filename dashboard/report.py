@@ -18,8 +18,8 @@ from dashboard import drawings
 from dashboard.drawings import Look
 from dashboard.login import plotly_source
 from dashboard.templating import STATIC, templates
-from dashboard.views import DEFAULT_STATISTIC, by_severity, compare_context, run_view
-from service import answers, windows
+from dashboard.views import DEFAULT_STATISTIC, compare_context, findings_context, run_view
+from service import answers, history, windows
 from service.checkup import answer_of_service
 from service.errors import CannotStart, ServiceError, StoreInUse
 from service.settings import Settings
@@ -51,13 +51,11 @@ def run_report(store: Store, run_id: str) -> str:
         "title": run.name,
         "view": run_view(run, run.layers),
         "run": run,
-        "diagnosis": diagnosis,
-        "findings": by_severity(diagnosis.findings),
         "report": True,
-        "shown_by": [""] * len(diagnosis.findings),
         "figures": figures,
     }
-    return _page("report_run.html", context)
+    past = history.of_run(store, run_id).findings
+    return _page("report_run.html", context | findings_context(diagnosis, past, run))
 
 
 def comparison_report(store: Store, run_ids: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from brn_core.wire import METRIC, METRICS, Layer, Metric
 from service.diagnosis.finding import SEVERITIES, Diagnosis, Finding
+from service.history import FindingHistory
 from service.schemas import Comparison, Run
 
 DEFAULT_STATISTIC: Final = "gap"
@@ -134,6 +135,61 @@ def finding_view(finding: Finding, key: str, run: Run) -> str:
         view.setdefault("from", 0)
         view.setdefault("to", run.last_step)
     return urlencode(view)
+
+
+ANSWERS: Final = {"critical": "Fix this", "warning": "Look at this", "info": "Not judged"}
+"""Whether normalization hurts a run, in two words, by the severity of its verdict."""
+
+GOOD_ANSWERS: Final = {"HEALTHY": "Healthy", "WARMUP": "Too early to say", "NO_DATA": "No rows yet"}
+"""The same by the verdict's code, where nothing is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A finding as a page shows it.
+
+    Attributes:
+        finding: the finding.
+        since: first step at which it was seen, as far back as anybody looked.
+        href: query of the run page on which every plot shows it; empty: none.
+        says_more: whether it says something that the verdict above it does not.
+    """
+
+    finding: Finding
+    since: int
+    href: str
+    says_more: bool
+
+
+def since(finding: Finding, past: FindingHistory | None) -> int:
+    """The step from which on a finding has been there: that of its history, where the rules' window begins later."""
+    if past is None or not past.present or past.first_step is None:
+        return finding.steps[0]
+    ended = any(event.what == "ended" for event in past.events)
+    began = max((event.step for event in past.events if event.what == "appeared"), default=past.first_step)
+    return min(finding.steps[0], began if ended else past.first_step)
+
+
+def findings_context(diagnosis: Diagnosis, past: Sequence[FindingHistory], run: Run) -> dict[str, Any]:
+    """What a page says of a run's findings: the verdict's own first, then the worst.
+
+    `past` is the history of the run's findings; of several findings of one code it cannot tell whose it is.
+    """
+    verdict = diagnosis.verdict
+    by_code = {entry.code: entry for entry in past}
+    codes = [finding.code for finding in diagnosis.findings]
+    keys = dict(zip(map(id, diagnosis.findings), finding_keys(diagnosis.findings), strict=True))
+    shown = [
+        Shown(
+            finding,
+            since(finding, by_code.get(finding.code) if codes.count(finding.code) == 1 else None),
+            finding_view(finding, keys[id(finding)], run),
+            bool(finding.evidence or finding.remedy) or not verdict.summary.startswith(finding.summary.rstrip(".")),
+        )
+        for finding in sorted(by_severity(diagnosis.findings), key=lambda own: own.code != verdict.code)
+    ]
+    answer = GOOD_ANSWERS.get(verdict.code) or ANSWERS.get(verdict.severity, "Healthy")
+    return {"diagnosis": diagnosis, "answer": answer, "findings": shown}
 
 
 def compare_context(found: Comparison, records: Sequence[Run]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from brn_core import wire
 from dashboard import login, templating, views
 from service.access import COOKIE
-from service.diagnosis.finding import Finding
+from service.diagnosis.finding import Diagnosis, Finding
 from service.schemas import Run, Runs
 
 TOKEN = "correct horse battery"
@@ -333,15 +333,15 @@ def test_a_finding_is_shown_with_evidence_where_when_and_remedy(run_id: str) -> 
         },
         "remedy": {"text": "Shuffle.", "code": "DataLoader(shuffle=True)"},
     }
-    diagnosis = {"verdict": fields, "step": 3000}
+    verdict = {"code": "NH-CLUSTER", "severity": "critical", "summary": "One sentence - and it shows."}
+    diagnosis = Diagnosis.model_validate({"run": "r", "verdict": verdict, "step": 3000, "findings": [fields]})
     view = views.run_view(a_run(), [])
-    html = templating.templates.get_template("run_live.html").render(
-        view=view, run=view.run, diagnosis=diagnosis, findings=[Finding.model_validate(fields)], shown_by=["stat=gap"]
-    )
+    context = views.findings_context(diagnosis, (), view.run)
+    html = templating.templates.get_template("run_live.html").render(view=view, run=view.run, **context)
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
     for part in (
-        "NH-CLUSTER", "since step 1,200", "One sentence.", "layer5", "and 3 more layers", "rank 1", "3.4",
-        "95 % CI 2.9 to 4.1", "F &lt;ratio&gt;", "threshold 1.2", "z = 8", "400 steps", "Shuffle.",
+        "Fix this", "NH-CLUSTER", "since step 1,200", "One sentence - and it shows.", "layer5", "and 3 more layers",
+        "rank 1", "3.4", "95 % CI 2.9 to 4.1", "F &lt;ratio&gt;", "threshold 1.2", "z = 8", "400 steps", "Shuffle.",
         "DataLoader(shuffle=True)",
     ):  # fmt: skip
         assert part in text

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs
 
 import httpx
@@ -18,6 +19,7 @@ from dashboard.figures.probe import inputs_of_ranks
 from dashboard.figures.rank_spread import shown_ranks
 from dashboard.pages import rank_rows
 from service.diagnosis.finding import Diagnosis, Finding, Verdict
+from service.history import Event, FindingHistory
 from service.schemas import Comparison, Probe, RankHealth, Ranks, Run
 from service.settings import Settings
 
@@ -67,6 +69,57 @@ class TestFindingsAsAddresses:
     def test_statistics_that_do_not_exist_are_left_out(self) -> None:
         odd = finding(query="/v1/runs/r/series?stat=nonsense&layer=x")
         assert views.evidence_of(odd) == views.Evidence("series")
+
+
+class TestWhatAPageSaysOfFindings:
+    def context(self, *findings: Finding, past: tuple[FindingHistory, ...] = (), code: str = "NH-SMALL") -> Any:
+        verdict = Verdict(code=code, severity=findings[0].severity, summary="- and it shows.")
+        diagnosis = Diagnosis(run="r", step=500, verdict=verdict, findings=findings)
+        return views.findings_context(diagnosis, past, a_run())
+
+    def event(self, what: str, step: int) -> Event:
+        fields = {"at": "2026-01-01T00:00Z", "what": what, "severity": "warning", "value": 1.0, "distance": None}
+        return Event.model_validate(fields | {"step": step})
+
+    @pytest.mark.parametrize(
+        ("events", "since"),
+        [
+            ([("appeared", 60)], 40),  # seen at step 60, from step 40 on: the rules' window has moved on since
+            ([("appeared", 60), ("grew", 90)], 40),
+            ([("appeared", 60), ("ended", 200), ("appeared", 300)], 300),  # what ended began anew
+            ([("appeared", 60), ("ended", 200)], 400),  # this one is new: nobody has noted it yet
+        ],
+    )
+    def test_a_finding_is_as_old_as_its_history_says(self, events: list[tuple[str, int]], since: int) -> None:
+        past = FindingHistory(
+            code="NH-SMALL",
+            present=events[-1][0] != "ended",
+            first_step=40,
+            events=tuple(self.event(*own) for own in events),
+        )
+        assert [own.since for own in self.context(finding(), past=(past,))["findings"]] == [since]
+        twice = self.context(finding(), finding(layers=("block1.bn",)), past=(past,))
+        assert [own.since for own in twice["findings"]] == [400, 400]  # nobody knows whose history it is
+
+    def test_the_verdicts_own_finding_stands_first_and_nothing_is_said_twice(self) -> None:
+        worse, own = finding("NH-GAP", severity="critical"), finding("NH-SMALL")
+        shown = self.context(worse, own)["findings"]
+        assert [each.finding.code for each in shown] == ["NH-SMALL", "NH-GAP"]
+        healthy = finding("HEALTHY", severity="ok", summary="All is well.", evidence=None)
+        verdict = Verdict(code="HEALTHY", severity="ok", summary="All is well.")
+        diagnosis = Diagnosis(run="r", step=500, verdict=verdict, findings=(healthy,))
+        assert [each.says_more for each in views.findings_context(diagnosis, (), a_run())["findings"]] == [False]
+
+    @pytest.mark.parametrize(
+        ("code", "severity", "answer"),
+        [
+            ("NH-CLUSTER", "critical", "Fix this"), ("NH-CLUSTER", "warning", "Look at this"),
+            ("HEALTHY", "ok", "Healthy"), ("WARMUP", "ok", "Too early to say"), ("NO_DATA", "info", "No rows yet"),
+            ("NH-WITHHELD", "info", "Not judged"),
+        ],
+    )  # fmt: skip
+    def test_the_answer_comes_in_two_words(self, code: str, severity: str, answer: str) -> None:
+        assert self.context(finding(code, severity=severity), code=code)["answer"] == answer
 
 
 def rows_of(page: str) -> list[str]:
