@@ -6,135 +6,33 @@ import csv
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import synthetic as made
-from chromium import CHROMIUM, FLAGS
+from chromium import (
+    AXE,
+    LIMITS,
+    NEEDS_CHROMIUM,
+    PATIENCE_MS,
+    Window,
+    drawn,
+    eventually,
+    plot,
+    wheel_of_time,
+    write_more,
+)
 from fastapi import FastAPI
-from playwright.sync_api import BrowserContext, Page, Request, expect, sync_playwright
+from playwright.sync_api import expect
 from pydantic import SecretStr
 
 from benchmarks.pages import serving as serving_rows
 from brn_core import wire
 
-PATIENCE_MS = 60_000
-expect.set_options(timeout=PATIENCE_MS)
-
-
-def _axe() -> Path | None:
-    """axe-core's script, in a folder of npm packages beside the repository, of this user or of the machine."""
-    roots = (Path(), Path.home(), Path("/usr/lib"), Path("/usr/local/lib"))
-    found = [root / "node_modules" / "axe-core" / "axe.min.js" for root in roots]
-    return next((path for path in found if path.is_file()), None)
-
-
-AXE = _axe()
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (Debian: apt-get install chromium)"),
-]
-
-
-@pytest.fixture(scope="module")
-def context(client: httpx.Client) -> Iterator[BrowserContext]:
-    """One browser profile for all tests: it compiles plotly.js once."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        context = browser.new_context(base_url=str(client.base_url), viewport={"width": 1440, "height": 900})
-        context.set_default_timeout(PATIENCE_MS)
-        yield context
-        browser.close()
-
-
-@dataclass
-class Window:
-    """A page and what went wrong in it."""
-
-    page: Page
-    wrong: list[str] = field(default_factory=list)
-
-
-@pytest.fixture
-def open_window(context: BrowserContext) -> Iterator[Callable[..., Window]]:
-    """Opens a page of the session's service; looks at the end whether anything went wrong in it."""
-    opened: list[Window] = []
-
-    def failed(window: Window, request: Request) -> None:
-        # what a page was asking for ends when it is left; the tab's icon is the browser's own, dropped at its will
-        ends = request.url.endswith(("/events", "/icon.svg")) or "/figures/" in request.url or "fragment" in request.url
-        of_no_concern = ends and request.failure == "net::ERR_ABORTED"
-        if not of_no_concern:
-            window.wrong.append(f"{request.url}: {request.failure}")
-
-    def open_it(path: str, **viewport: int) -> Window:
-        page = context.new_page()
-        window = Window(page)
-        page.on("console", lambda m: window.wrong.append(m.text) if m.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: window.wrong.append(str(error)))
-        page.on("requestfailed", lambda request: failed(window, request))
-        page.on("dialog", lambda dialog: (window.wrong.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        if viewport:
-            page.set_viewport_size({"width": viewport["width"], "height": viewport["height"]})
-        page.goto(path)
-        opened.append(window)
-        return window
-
-    yield open_it
-    wrong = [list(window.wrong) for window in opened]  # before closing, which breaks off requests
-    for window in opened:
-        window.page.close()
-    assert not any(wrong), wrong
-
-
-def drawn(page: Page) -> None:
-    """Brings every figure into sight, which is when it is drawn, and waits for it; then back to the top."""
-    for panel in page.locator(".panel[data-figure]:not([hidden])").all():
-        panel.scroll_into_view_if_needed()
-        expect(panel).to_have_attribute("data-state", "ready", timeout=PATIENCE_MS)
-    page.evaluate("scrollTo(0, 0)")
-
-
-def eventually(answer: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := answer():
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"{what} did not happen within {seconds} s")
-
-
-def plot(page: Page, figure: str, expression: str) -> Any:
-    """A value of the plot element `gd` of a figure."""
-    return page.evaluate(f"(() => {{ const gd = document.querySelector('#{figure} .plot'); return {expression}; }})()")
-
-
-LIMITS = {"r_max": 3.0, "r_min": 1 / 3, "d_max": 5.0}
-
-
-def write_more(client: httpx.Client, run_id: str, first: int, last: int, seq: int) -> None:
-    steps = range(first, last + 1)
-    rows = {
-        "layers": made.layer_rows(steps, 3, **LIMITS),
-        "scalars": made.scalar_rows({"loss": [(step, 1 / step) for step in steps]}),
-    }
-    made.send(client, run_id, rows, seq=seq).raise_for_status()
-
-
-@contextmanager
-def wheel_of_time(page: Page) -> Iterator[None]:
-    """Fails if an update rebuilt the page instead of the parts that changed."""
-    page.evaluate("document.querySelector('h1').dataset.witness = 'same'; window.witness = 'same'")
-    yield
-    assert page.evaluate("[document.querySelector('h1').dataset.witness, window.witness]") == ["same", "same"]
+pytestmark = NEEDS_CHROMIUM
 
 
 def test_a_run_page_draws_schedule_layer_map_and_loss(
