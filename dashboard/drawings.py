@@ -82,8 +82,14 @@ class Look:
         return {"from_step": max(0, first - more), "to_step": last + more}
 
 
+def _without_layers(look: Look) -> go.Figure:
+    return without_data("This run has no normalization layers.", look.palette, height=160)
+
+
 def schedule(store: Store, run_id: str, look: Look) -> go.Figure:
     run = answers.run(store, run_id)
+    if not run.layers:
+        return _without_layers(look)
     answer = answers.series(store, run_id, schedules.STATISTICS, layer=look.layer, rank=look.rank, **look.span)
     figure = schedules.schedule_view(
         answer, layers=run.layers, planned=run.schedule, compact=look.compact, palette=look.palette
@@ -92,6 +98,8 @@ def schedule(store: Store, run_id: str, look: Look) -> go.Figure:
 
 
 def heatmap(store: Store, run_id: str, look: Look) -> go.Figure:
+    if not answers.layers(store, run_id):
+        return _without_layers(look)
     answer = answers.heatmap(store, run_id, look.stat, rank=look.rank, **look.span)
     figure = layer_maps.layer_map(answer, selected=look.layer, compact=look.compact, palette=look.palette)
     return in_view(figure, look.steps, look.palette)
@@ -108,7 +116,7 @@ def scalars(store: Store, run_id: str, look: Look) -> go.Figure:
 def causes(store: Store, run_id: str, look: Look) -> go.Figure:
     run = answers.run(store, run_id)
     if not run.layers:
-        return without_data("This run has no normalization layers.", look.palette, height=160)
+        return _without_layers(look)
     layer = look.layer or 0
     answer = answers.series(store, run_id, cause_views.STATISTICS, layer=layer, **look.span)
     there = scalar_names(store, run_id)
@@ -192,7 +200,7 @@ def rank_spread(store: Store, run_id: str, look: Look) -> go.Figure:
 def rank_curves(store: Store, run_id: str, look: Look) -> go.Figure:
     run = answers.run(store, run_id)
     if not run.layers:
-        return without_data("This run has no normalization layers.", look.palette, height=160)
+        return _without_layers(look)
     outlier = answers.ranks(store, run_id, from_step=look.steps.first, to_step=look.steps.last).outlier
     always = (outlier.rank,) if outlier is not None else ()
     curves = [

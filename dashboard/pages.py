@@ -229,13 +229,16 @@ def _ranks_context(request: Request, run_id: str, first: int | None, last: int |
 
 
 def rank_rows(found: Ranks) -> list[dict[str, Any]]:
-    """Each rank with a word for how it is: missing, behind, slow, apart or fine."""
+    """Each rank with a word for how it is: missing (none is before the first row), behind, slow, apart or fine."""
     times = sorted(rank.step_time_seconds for rank in found.ranks if rank.step_time_seconds)
     middle = times[(len(times) - 1) // 2] if times else None  # of two the faster: a slow one is seen
+    begun = any(rank.last_step is not None for rank in found.ranks)
     rows = []
     for rank in found.ranks:
         words = []
-        if rank.last_step is None:
+        if rank.last_step is None and not begun:
+            words.append(("nothing yet", "info"))
+        elif rank.last_step is None:
             words.append(("missing", "critical"))
         elif (rank.behind_steps or 0) > 100:
             words.append(("behind", "warning"))

@@ -150,12 +150,14 @@ class Shown:
 
     Attributes:
         finding: the finding.
+        key: its name on the page (`finding_keys`): an update puts it in the place of the one of that name.
         since: first step at which it was seen, as far back as anybody looked.
         href: query of the run page on which every plot shows it; empty: none.
         says_more: whether it says something that the verdict above it does not.
     """
 
     finding: Finding
+    key: str
     since: int
     href: str
     says_more: bool
@@ -182,6 +184,7 @@ def findings_context(diagnosis: Diagnosis, past: Sequence[FindingHistory], run: 
     shown = [
         Shown(
             finding,
+            keys[id(finding)],
             since(finding, by_code.get(finding.code) if codes.count(finding.code) == 1 else None),
             finding_view(finding, keys[id(finding)], run),
             bool(finding.evidence or finding.remedy) or not verdict.summary.startswith(finding.summary.rstrip(".")),
