@@ -215,6 +215,9 @@ export function panelsPage() {
   }, FIGURES_EVERY_MS);
 
   readView();
+  // The observer speaks first after a first paint, when plotly.js has run: what is in sight is asked for while it loads.
+  for (const figure of figures) figure.inSight = figure.section.getBoundingClientRect().top < innerHeight;
+  redraw(figures.filter((figure) => figure.inSight));
   for (const figure of figures) sight.observe(figure.section);
   if (main.dataset.events) follow();
   else if (main.dataset.fragment) setInterval(refreshText, COMPARE_EVERY_MS); // several runs: no stream tells of them all

@@ -19,6 +19,7 @@ from pydantic import SecretStr
 
 from brn_core import wire
 from dashboard import login, templating, views
+from service import answers
 from service.access import COOKIE
 from service.diagnosis.finding import Diagnosis, Finding
 from service.schemas import Run, Runs
@@ -167,6 +168,27 @@ class TestFigures:
             layout = client.get(f"/runs/{run_id}/figures/{name}").raise_for_status().json()["layout"]
             axes = [axis for key, axis in layout.items() if key.startswith("yaxis")]
             assert all(axis["fixedrange"] for axis in axes), name
+
+    def test_a_slider_that_moves_reads_nothing_anew_until_rows_come(
+        self, client: httpx.Client, run_id: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made.write_run(client, run_id)
+        asked: list[str] = []
+        for name in ("series", "recorded"):
+            question = getattr(answers, name)
+            said = lambda *given, name=name, ask=question, **more: (asked.append(name), ask(*given, **more))[1]  # noqa: E731
+            monkeypatch.setattr(answers, name, said)
+
+        def slide(r_max: float) -> list[str]:
+            asked.clear()
+            limits = {"bn_steps": 1, "r_steps": 5, "d_steps": 5, "r_max": r_max, "d_max": 5}
+            client.get(f"/runs/{run_id}/figures/advisor", params=limits).raise_for_status()
+            return asked.copy()
+
+        assert slide(2.0) == ["series", "recorded"]
+        assert [slide(2.1), slide(2.2)] == [[], []]
+        made.send(client, run_id, {"layers": made.layer_rows([21], 3)}, seq=2).raise_for_status()
+        assert slide(2.2) == ["series", "recorded"]
 
     def test_theme_changes_the_colours(self, client: httpx.Client, run_id: str) -> None:
         made.write_run(client, run_id)

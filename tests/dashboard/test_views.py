@@ -296,7 +296,7 @@ class TestComparison:
         made.write_run(client, run_id)
         answer = client.get(f"/compare?runs={run_id}", headers={"accept": "text/html"})
         assert answer.status_code == 422
-        assert "choose two or more runs" in answer.text
+        assert "Choose two or more runs" in answer.text
 
     def test_a_form_without_scripts_leads_there_too(self, client: httpx.Client) -> None:
         answer = client.get("/compare?run=a&run=b")
