@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Final, TypeAlias, TypedDict
 
 import numpy as np
@@ -29,7 +30,7 @@ from dashboard.views import DEFAULT_STATISTIC, evidence_of, finding_named
 from service import answers, windows
 from service.answers.comparison import Axis
 from service.answers.curves import scalar_names
-from service.answers.records import known
+from service.answers.records import known, known_runs
 from service.errors import Invalid
 from service.memo import Memo
 from service.schemas import Comparison, Run, Series
@@ -252,32 +253,33 @@ def compared(
     fraction = by == "fraction"
     of_scalar: list[Curve] = []
     of_stat: list[Curve] = []
-    for own, run in zip(found.runs, runs, strict=True):
+    curves = answers.scalar_of(store, found, scalar)
+    for own, run, curve in zip(found.runs, runs, curves, strict=True):
         grouped = group_of(run, group)
         buckets = own.series[look.stat]
         of_stat.append(Curve(run.id, run.name, grouped, finite(own.x), finite(buckets.mean)))
-        x, y = np.empty(0), np.empty(0)
-        if scalar in found.final and found.final[scalar][len(of_scalar)] is not None:
-            curve = answers.scalars(store, run.id, [scalar], points=200).series[scalar]
-            x, y = np.asarray(curve.steps, dtype=float), finite(curve.mean)
-            x = x / own.total_steps if fraction and own.total_steps else x
+        x, y = np.asarray(curve.steps, dtype=float), finite(curve.mean)
+        x = x / own.total_steps if fraction and own.total_steps else x
         of_scalar.append(Curve(run.id, run.name, grouped, x, y))
     panels = [Panel(METRIC[look.stat].label, tuple(of_stat), log=METRIC[look.stat].group in ("gap", "noise"))]
     if scalar:
         panels.insert(0, Panel(scalar, tuple(of_scalar)))
-    return comparison(panels, by_fraction=fraction, palette=look.palette)
+    return comparison(panels, by_fraction=fraction, compact=look.compact, palette=look.palette)
 
 
-def comparison_of(store: Store, run_ids: Sequence[str], stat: str, by: Axis) -> tuple[Comparison, list[Run]]:
-    """The service's answer for so many runs as a page shows.
+def comparison_of(
+    store: Store, run_ids: Sequence[str], stats: Sequence[str], by: Axis = "step"
+) -> tuple[Comparison, list[Run]]:
+    """The service's answer for so many runs as a page shows; without `stats` only in what they differ.
 
     Raises:
         NotFound, Invalid: as `answers.compare`.
     """
     if len(run_ids) > MOST_RUNS:
         raise Invalid(f"a page compares up to {MOST_RUNS} runs, got {len(run_ids)}: choose fewer")
-    found = answers.compare(store, run_ids, [stat], by=by, points=200, most=MOST_RUNS)
-    return found, [answers.run(store, own.run) for own in found.runs]
+    found = answers.compare(store, run_ids, stats, by=by, points=200, most=MOST_RUNS)
+    now = datetime.now(UTC)
+    return found, [state.run(now) for state in known_runs(store, [own.run for own in found.runs])]
 
 
 def store_of(request: Request) -> Store:

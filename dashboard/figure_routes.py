@@ -110,7 +110,7 @@ def compare_figure(
     request: Request, look: LookOf, runs: str, by: Axis = "step", scalar: str = "", group: str = ""
 ) -> Response:
     store = store_of(request)
-    found, records = drawings.comparison_of(store, runs.split(","), look.stat, by)
+    found, records = drawings.comparison_of(store, runs.split(","), [look.stat], by)
     return _sent(drawings.compared(store, found, records, look, by=by, scalar=scalar, group=group))
 
 

@@ -6,8 +6,10 @@ fetches figures as JSON (`figure_routes`). What a page shows is in its address.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Final
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, get_args
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -15,6 +17,7 @@ from fastapi.responses import RedirectResponse
 
 from brn_core.wire import Layer, Schedule
 from dashboard import drawings
+from dashboard.differences import compare_context
 from dashboard.drawings import store_of
 from dashboard.figures import causes as cause_views
 from dashboard.figures import channels as channel_views
@@ -24,19 +27,20 @@ from dashboard.figures import moments as moment_views
 from dashboard.figures import rank_spread as rank_views
 from dashboard.figures import schedule as schedules
 from dashboard.glance import Glances
-from dashboard.report import comparison_report, run_report
+from dashboard.report import Shown, comparison_report, run_report
 from dashboard.templating import render
 from dashboard.views import (
     DEFAULT_STATISTIC,
     by_severity,
-    compare_context,
     findings_context,
     run_view,
     statistic_groups,
 )
 from service import answers, history, windows
 from service.access import require_token
+from service.answers.comparison import Axis
 from service.answers.records import RunOrder
+from service.diagnosis.finding import SEVERITIES, Severity
 from service.errors import Invalid, NotFound
 from service.memo import Memo
 from service.schemas import Ranks, Run, RunState
@@ -46,67 +50,84 @@ router = APIRouter(include_in_schema=False, dependencies=[Depends(require_token)
 PAGE_RUNS: Final = 50
 STATES: Final[tuple[RunState, ...]] = ("running", "stalled", "crashed", "finished", "failed")
 WORST_CHANNELS: Final = 12
+COMPARE_SECONDS: Final = 1.0
+"""A comparison waits no longer for diagnoses that nobody asked for yet: they come with its next refresh."""
 SLOW: Final = 1.5
 """A rank is called slow when its steps take so many times those of the rank in the middle."""
 
 
 # ---------------------------------------------------------------------------------------------------------- all runs
 
-Search = Annotated[str, Query(max_length=200)]
 Words = Annotated[list[str], Query()]
 
 
-@router.get("/")
-def runs_page(
-    request: Request,
-    search: Search = "",
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Which runs a list is to show, and in which order: what its address says."""
+
+    search: str
+    tags: tuple[str, ...]
+    states: tuple[RunState, ...]
+    severities: tuple[Severity, ...]
+    sort: RunOrder
+    ascending: bool
+    cursor: str | None
+
+    def filters(self) -> list[tuple[str, str]]:
+        """The parameters that choose."""
+        return [
+            *[("search", self.search)] * bool(self.search),
+            *[("tag", tag) for tag in self.tags],
+            *[("state", state) for state in self.states],
+            *[("severity", severity) for severity in self.severities],
+        ]
+
+    def order(self) -> list[tuple[str, str]]:
+        """The parameters that order."""
+        return [("sort", self.sort)] * (self.sort != "created") + [("ascending", "true")] * self.ascending
+
+
+def _asked(
+    search: Annotated[str, Query(max_length=200)] = "",
     tag: Words = [],  # noqa: B006 FastAPI copies it
     state: Annotated[list[RunState], Query()] = [],  # noqa: B006
+    severity: Annotated[list[Severity], Query()] = [],  # noqa: B006
     sort: RunOrder = "created",
     ascending: bool = False,
     cursor: str | None = None,
-) -> Response:
-    context = _runs_context(request, search, tag, state, sort, ascending, cursor)
-    return render(request, "runs.html", context)
+) -> Asked:
+    tags = tuple(dict.fromkeys(filter(None, tag)))  # the form's choice of one more tag may be none
+    return Asked(search, tags, tuple(state), tuple(severity), sort, ascending, cursor)
+
+
+AskedOf = Annotated[Asked, Depends(_asked)]
+
+
+@router.get("/")
+def runs_page(request: Request, asked: AskedOf) -> Response:
+    return render(request, "runs.html", _runs_context(request, asked))
 
 
 @router.get("/fragment")
-def runs_fragment(
-    request: Request,
-    search: Search = "",
-    tag: Words = [],  # noqa: B006
-    state: Annotated[list[RunState], Query()] = [],  # noqa: B006
-    sort: RunOrder = "created",
-    ascending: bool = False,
-    cursor: str | None = None,
-) -> Response:
-    context = _runs_context(request, search, tag, state, sort, ascending, cursor)
-    return render(request, "runs_live.html", context)
+def runs_fragment(request: Request, asked: AskedOf) -> Response:
+    return render(request, "runs_live.html", _runs_context(request, asked))
 
 
-def _runs_context(
-    request: Request,
-    search: str,
-    tags: list[str],
-    states: list[RunState],
-    sort: RunOrder,
-    ascending: bool,
-    cursor: str | None,
-) -> dict[str, Any]:
+def _runs_context(request: Request, asked: Asked) -> dict[str, Any]:
     store = store_of(request)
     page = answers.page(
         store,
-        search=search,
-        tags=tags,
-        states=states,
-        sort=sort,
-        descending=not ascending,
+        search=asked.search,
+        tags=asked.tags,
+        states=asked.states,
+        severities=asked.severities,
+        sort=asked.sort,
+        descending=not asked.ascending,
         limit=PAGE_RUNS,
-        cursor=cursor,
+        cursor=asked.cursor,
     )
     glances: Glances = request.app.state.glances
-    asked = [("search", search)] * bool(search) + [("tag", tag) for tag in tags] + [("state", own) for own in states]
-    order = [("sort", sort)] * (sort != "created") + [("ascending", "true")] * ascending
+    filters, order = asked.filters(), asked.order()
 
     def address(pairs: Sequence[tuple[str, str]]) -> str:
         return f"/?{urlencode(pairs)}" if pairs else "/"
@@ -115,30 +136,25 @@ def _runs_context(
         "views": [run_view(run, _layers(request, run)) for run in page.runs],
         "glances": glances.of(store, page.runs),
         "page": page,
-        "filtered": bool(asked),
-        "search": search,
-        "tags": tags,
-        "chosen_states": states,
+        "asked": asked,
+        "filtered": bool(filters),
         "states": STATES,
-        "sort": sort,
-        "ascending": ascending,
-        "first_href": address([*asked, *order]) if cursor else None,
-        "next_href": address([*asked, *order, ("cursor", page.next)]) if page.next else None,
+        "severities": SEVERITIES[::-1],
+        "all_tags": answers.tags(store),
+        "first_href": address([*filters, *order]) if asked.cursor else None,
+        "next_href": address([*filters, *order, ("cursor", page.next)]) if page.next else None,
         "sort_href": {
-            name: address(
-                [*asked, *[("sort", name)] * (name != "created"), *_turned(name, sort=sort, ascending=ascending)]
-            )
-            for name in ("created", "updated", "name", "last_step")
+            name: address([*filters, *[("sort", name)] * (name != "created"), *_turned(name, asked)])
+            for name in get_args(RunOrder)
         },
-        "tag_href": lambda tag: address([("tag", tag)]),
-        "untag_href": lambda tag: address([pair for pair in asked if pair != ("tag", tag)] + order),
+        "tag_href": lambda tag: address([*filters, *[("tag", tag)] * (tag not in asked.tags), *order]),
         "root": str(request.base_url).rstrip("/"),
     }
 
 
-def _turned(name: str, *, sort: str, ascending: bool) -> list[tuple[str, str]]:
+def _turned(name: str, asked: Asked) -> list[tuple[str, str]]:
     """A second click on a heading turns the order round; names begin with a."""
-    up = not ascending if name == sort else name == "name"
+    up = not asked.ascending if name == asked.sort else name == "name"
     return [("ascending", "true")] if up else []
 
 
@@ -317,10 +333,18 @@ def _compare_context(request: Request, runs: str) -> dict[str, Any]:
     ids = [own for own in dict.fromkeys(runs.split(",")) if own]
     if len(ids) < 2:
         raise Invalid("choose two or more runs in the list of runs to compare them")
-    found, records = drawings.comparison_of(store_of(request), ids, DEFAULT_STATISTIC, "step")
-    return compare_context(found, records) | {"ids": ids}
+    store = store_of(request)
+    found, records = drawings.comparison_of(store, ids, [])
+    deadline = time.monotonic() + COMPARE_SECONDS
+    diagnoses = [
+        windows.diagnosis(store, own) if time.monotonic() < deadline else windows.computed(store, own) for own in ids
+    ]
+    return compare_context(found, records, diagnoses, history.beginnings(store, ids)) | {"ids": ids}
 
 
 @router.get("/compare/report")
-def compare_report_file(request: Request, runs: str) -> Response:
-    return _file(comparison_report(store_of(request), runs.split(",")), "comparison.html")
+def compare_report_file(
+    request: Request, runs: str, by: Axis = "step", stat: str = DEFAULT_STATISTIC, scalar: str = "", group: str = ""
+) -> Response:
+    ids = [own for own in runs.split(",") if own]
+    return _file(comparison_report(store_of(request), ids, Shown(by, stat, scalar, group)), "comparison.html")

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 from brn_core.wire import METRIC, METRICS, Layer, Metric
 from service.diagnosis.finding import SEVERITIES, Diagnosis, Finding
 from service.history import FindingHistory
-from service.schemas import Comparison, Run
+from service.schemas import Run
 
 DEFAULT_STATISTIC: Final = "gap"
 
@@ -193,30 +193,3 @@ def findings_context(diagnosis: Diagnosis, past: Sequence[FindingHistory], run: 
     ]
     answer = GOOD_ANSWERS.get(verdict.code) or ANSWERS.get(verdict.severity, "Healthy")
     return {"diagnosis": diagnosis, "answer": answer, "findings": shown}
-
-
-def compare_context(found: Comparison, records: Sequence[Run]) -> dict[str, Any]:
-    """What the table of a comparison says."""
-    views = [run_view(run, run.layers) for run in records]
-    scalars = sorted((name for name in found.final if not name.startswith("brn/")), key=_metric_rank)
-    # Trainers repeat in their config what the record of a run says anyway.
-    settings = [
-        key
-        for key, values in found.config.items()
-        if "." in key and found.config.get(key.removeprefix("config.")) != values
-    ]
-    settings += [key for key in found.config if "." not in key]
-    return {
-        "views": views,
-        "found": found,
-        "settings": settings,
-        "scalars": scalars,
-        "scalar": scalars[0] if scalars else "",
-        "group_keys": [key for key in settings if key.startswith("config.")],
-        "default_stat": DEFAULT_STATISTIC,
-    }
-
-
-def _metric_rank(name: str) -> tuple[int, str]:
-    lower = name.lower()
-    return (0 if "acc" in lower else 1 if "loss" in lower else 2), lower

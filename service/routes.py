@@ -14,6 +14,7 @@ from brn_core import wire
 from service import answers
 from service.answers.records import RunOrder
 from service.diagnoser import Diagnoser
+from service.diagnosis.finding import Severity
 from service.errors import Invalid, UnsupportedMedia
 from service.intake import Intake
 from service.schemas import Accepted, Problem, Run, Runs, RunState
@@ -109,6 +110,7 @@ def list_runs(
     search: Annotated[str, Query(max_length=200, description="Text in id, name, notes or a tag, in any case.")] = "",
     tag: Annotated[list[str], Query(description="Tags that a run must all have.")] = [],  # noqa: B006 FastAPI copies it
     state: Annotated[list[RunState], Query(description="States of which a run must have one.")] = [],  # noqa: B006
+    severity: Annotated[list[Severity], Query(description="Severities of which its verdict must have one.")] = [],  # noqa: B006
     sort: Annotated[RunOrder, Query(description="What to order by.")] = "created",
     ascending: Annotated[bool, Query(description="Smallest, oldest first.")] = False,
     limit: Annotated[int, Query(ge=1, le=1000, description="Most runs of a page.")] = 100,
@@ -116,7 +118,15 @@ def list_runs(
 ) -> Response:
     """Newest first unless said otherwise, each with its last verdict, without `layers` (`/v1/runs/{run}/layers`)."""
     found = answers.page(
-        store, search=search, tags=tag, states=state, sort=sort, descending=not ascending, limit=limit, cursor=cursor
+        store,
+        search=search,
+        tags=tag,
+        states=state,
+        severities=severity,
+        sort=sort,
+        descending=not ascending,
+        limit=limit,
+        cursor=cursor,
     )
     # Made here and not by FastAPI, which would check every run once more.
     return Response(found.model_dump_json(exclude={"runs": {"__all__": {"layers"}}}), media_type=JSON)

@@ -144,6 +144,22 @@ class Runs:
             return None
         return self._records.get((run_id, self._changes.get(run_id, 0)), read)
 
+    def records_of(self, run_ids: Collection[str]) -> dict[str, StoredRun]:
+        """What these runs say of themselves, by id; those that there are, read by one query."""
+        keys = {run_id: (run_id, self._changes.get(run_id, 0)) for run_id in run_ids}
+        found: dict[str, StoredRun] = {}
+        if self._engine.embedded:
+            keys = {run_id: key for run_id, key in keys.items() if run_id in self._listed}
+            found = {run_id: known for run_id, key in keys.items() if (known := self._records.peek(key)) is not None}
+        missing = [run_id for run_id in keys if run_id not in found]
+        if missing:
+            sql = _RECORDS.format(where="WHERE run_id IN {runs:Array(String)}", layers="layers")
+            for stored in map(StoredRun.of_row, self._engine.rows(sql, runs=missing).to_pylist()):
+                found[stored.record.id] = stored
+                if self._engine.embedded:
+                    self._records.put(keys[stored.record.id], stored)
+        return found
+
     def records(self) -> list[StoredRun]:
         """All runs, newest first, without their layers, which may be many."""
         if not self._engine.embedded:
@@ -237,11 +253,17 @@ class Runs:
             return self._extents.get(run_id, Extent())
         return self._read_extents("WHERE run_id = {run:String}", run=run_id).get(run_id, Extent())
 
+    def extents_of(self, run_ids: Collection[str]) -> dict[str, Extent]:
+        """How far the rows of these runs reach, by id; of those that have any."""
+        if self._engine.embedded:
+            return {run_id: extent for run_id in run_ids if (extent := self._extents.get(run_id)) is not None}
+        return self._read_extents("WHERE run_id IN {runs:Array(String)}", runs=list(run_ids))
+
     def extents(self) -> dict[str, Extent]:
         """How far the rows of every run that has any reach."""
         return self._extents.copy() if self._engine.embedded else self._read_extents()
 
-    def _read_extents(self, where: str = "", **parameters: str) -> dict[str, Extent]:
+    def _read_extents(self, where: str = "", **parameters: Any) -> dict[str, Extent]:
         rows = self._engine.rows(_EXTENTS.format(where=where), **parameters).to_pylist()
         return {row["run_id"]: Extent.of_row(row) for row in rows}
 

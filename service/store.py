@@ -88,6 +88,10 @@ class Store:
         """What a run says of itself, and its last verdict; None where there is no such run."""
         return self._runs.record(run_id)
 
+    def records_of(self, run_ids: Collection[str]) -> dict[str, StoredRun]:
+        """What these runs say of themselves, by id; those that there are."""
+        return self._runs.records_of(run_ids)
+
     def records(self) -> list[StoredRun]:
         """All runs, newest first, without their layers, which may be many."""
         return self._runs.records()
@@ -95,6 +99,10 @@ class Store:
     def extent(self, run_id: str) -> Extent:
         """How far a run's rows reach."""
         return self._runs.extent(run_id)
+
+    def extents_of(self, run_ids: Collection[str]) -> dict[str, Extent]:
+        """How far the rows of these runs reach, by id; of those that have any."""
+        return self._runs.extents_of(run_ids)
 
     def extents(self) -> dict[str, Extent]:
         """How far the rows of every run that has any reach."""

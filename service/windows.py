@@ -67,6 +67,11 @@ def diagnosis(store: Store, run_id: str) -> Diagnosis:
     return store.diagnoses.get((run_id, *state.cursor), compute)
 
 
+def computed(store: Store, run_id: str) -> Diagnosis | None:
+    """What `diagnosis` would answer, if that was computed already."""
+    return store.diagnoses.peek((run_id, *_known(store, run_id).cursor))
+
+
 def window(store: Store, run_id: str) -> Window:
     """The rows a diagnosis of a run looks at: the newest recorded steps, oldest first, as arrays."""
     return _window(store, _known(store, run_id))

@@ -54,11 +54,13 @@ def style(index: int, palette: Palette) -> Part:
     return {"color": colors[index % len(colors)], "dash": _DASHES[index // len(colors) % len(_DASHES)]}
 
 
-def comparison(panels: Sequence[Panel], *, by_fraction: bool, palette: Palette = PALETTES["light"]) -> go.Figure:
+def comparison(
+    panels: Sequence[Panel], *, by_fraction: bool, compact: bool = False, palette: Palette = PALETTES["light"]
+) -> go.Figure:
     """Which of these runs goes better, and does its normalization differ?
 
     One panel a quantity over steps, or over the share of the planned steps; a line a run in the order given, or, where
-    runs have groups, a line for the mean of a group with a band of its extremes.
+    runs have groups, a line for the mean of a group with a band of its extremes. A compact one has no room for names.
     """
     filled = [panel for panel in panels if any(len(curve.x) for curve in panel.curves)]
     if not filled:
@@ -82,7 +84,7 @@ def comparison(panels: Sequence[Panel], *, by_fraction: bool, palette: Palette =
                 traces += [axes | part for part in _group(group, own, style(i, palette), by_fraction)]
             keys = "  ".join(key(plain(g, 24), style(i, palette)["color"]) for i, g in enumerate(groups[:6]))
         else:
-            few = panel.curves if row == 1 and len(panel.curves) <= 6 else ()  # the table beside has the colours too
+            few = panel.curves if row == 1 and len(panel.curves) <= 6 and not compact else ()  # the table has them too
             keys = "  ".join(key(plain(c.name, 24), style(i, palette)["color"]) for i, c in enumerate(few))
             traces += [
                 axes | _line(curve, style(i, palette), by_fraction, thin=len(panel.curves) > 8)
@@ -100,8 +102,21 @@ def comparison(panels: Sequence[Panel], *, by_fraction: bool, palette: Palette =
         layout[f"xaxis{number}"] = axis
         layout[f"yaxis{number}"] = {"domain": domain, "anchor": f"x{number}", "nticks": 6}
         if panel.log:
-            layout[f"yaxis{number}"] |= {"type": "log", "tickformat": "~g"}
+            layout[f"yaxis{number}"] |= {"type": "log", "tickformat": "~g", "dtick": _log_ticks(panel)}
     return assemble(traces, layout, palette)
+
+
+def _log_ticks(panel: Panel) -> str | int | None:
+    """1, 2 and 5 of each decade where there are few, else one tick in so many decades: all nine would overlap.
+
+    None, plotly's own choice, within half a decade.
+    """
+    y = np.concatenate([curve.y for curve in panel.curves])
+    y = y[np.isfinite(y) & (y > 0)]
+    decades = float(np.log10(y.max() / y.min())) if len(y) else 0.0
+    if decades < 0.5:
+        return None
+    return "D2" if decades <= 3 else int(np.ceil(decades / 6))
 
 
 def _line(curve: Curve, look: Part, by_fraction: bool, *, thin: bool) -> Part:

@@ -96,7 +96,7 @@ export function panelsPage() {
     if (marked) marked.textContent = mark ? `marked ${mark.split("-").map(shown).join(" to ")}` : "";
     for (const link of document.querySelectorAll("a[data-keep]")) {
       const url = new URL(/** @type {HTMLAnchorElement} */ (link).href);
-      for (const name of ["from", "to", "mark", "rank"]) {
+      for (const name of (/** @type {HTMLAnchorElement} */ (link).dataset.keep || "from to mark rank").split(" ")) {
         const value = view.get(name);
         if (value) url.searchParams.set(name, value);
         else url.searchParams.delete(name);
@@ -209,15 +209,22 @@ export function panelsPage() {
   const refreshText = paced(async () => {
     try {
       if ((await refreshParts(location.search)) && !main.dataset.events) redraw(figures);
+      askForPending();
     } catch (error) {
       complain(error);
     }
   }, FIGURES_EVERY_MS);
 
+  /** Findings that took too long for one answer come with the next. */
+  function askForPending() {
+    if (document.querySelector("[data-pending]")) refreshText();
+  }
+
   readView();
   // The observer speaks first after a first paint, when plotly.js has run: what is in sight is asked for while it loads.
   for (const figure of figures) figure.inSight = figure.section.getBoundingClientRect().top < innerHeight;
   redraw(figures.filter((figure) => figure.inSight));
+  askForPending();
   for (const figure of figures) sight.observe(figure.section);
   if (main.dataset.events) follow();
   else if (main.dataset.fragment) setInterval(refreshText, COMPARE_EVERY_MS); // several runs: no stream tells of them all

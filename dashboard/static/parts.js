@@ -34,13 +34,18 @@ function syncParts(ours, fresh) {
   /** @type {Map<string, Element>} */
   const old = new Map();
   for (const part of ours.querySelectorAll(":scope > [data-part]")) old.set(part.getAttribute("data-part") ?? "", part);
+  const parts = [...fresh.querySelectorAll(":scope > [data-part]")];
+  const keys = new Set(parts.map((part) => part.getAttribute("data-part") ?? ""));
   /** @type {Element | null} */
   let previous = null;
   let changed = false;
-  for (const part of fresh.querySelectorAll(":scope > [data-part]")) {
-    const key = part.getAttribute("data-part") ?? "";
-    const known = old.get(key);
-    old.delete(key);
+  for (const [key, gone] of old) { // first, so that what stays need not move
+    if (keys.has(key)) continue;
+    gone.remove();
+    changed = true;
+  }
+  for (const part of parts) {
+    const known = old.get(part.getAttribute("data-part") ?? "");
     let here = known;
     if (!known || sources.get(known) !== part.outerHTML) {
       changed = true;
@@ -55,8 +60,7 @@ function syncParts(ours, fresh) {
     if (here !== place) ours.insertBefore(here, place);
     previous = here;
   }
-  for (const gone of old.values()) gone.remove();
-  return changed || old.size > 0;
+  return changed;
 }
 
 /** Puts a part in the place of an older one; who had the focus in it keeps it. @param {Element} old @param {Element} fresh */

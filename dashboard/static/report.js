@@ -2,25 +2,33 @@
 // In a report: draws the figures that stand in the file. It is inlined, so it imports nothing.
 {
   const api = /** @type {any} */ (window).Plotly;
+  const dark = matchMedia("(prefers-color-scheme: dark)");
   for (const panel of document.querySelectorAll("section.panel")) {
     const section = /** @type {HTMLElement} */ (panel);
     const source = section.querySelector("script[type='application/json']");
     const plot = /** @type {HTMLElement | null} */ (section.querySelector(".plot"));
     if (!source || !plot) continue;
-    const figure = JSON.parse(source.textContent ?? "");
-    const caption = section.querySelector(".caption");
-    if (caption) caption.textContent = figure.layout.meta?.caption ?? "";
-    section.dataset.state = "ready";
-    void api.newPlot(plot, figure.data, figure.layout, {
-      responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "",
-      modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "toImage"],
-    });
+    const themes = JSON.parse(source.textContent ?? "");
+    const figure = () => themes[dark.matches ? "dark" : "light"];
+    const draw = async () => {
+      const { data, layout } = figure();
+      const caption = section.querySelector(".caption");
+      if (caption) caption.textContent = layout.meta?.caption ?? "";
+      plot.style.minHeight = `${layout.height}px`; // also while a window is sized anew
+      await api.react(plot, data, layout, {
+        responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "",
+        modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "toImage"],
+      });
+      section.dataset.state = "ready";
+    };
+    void draw();
+    dark.addEventListener("change", () => void draw());
     for (const button of section.querySelectorAll("[data-take]")) {
       const format = /** @type {HTMLElement} */ (button).dataset.take;
       button.addEventListener("click", () => {
-        const layout = { ...figure.layout, paper_bgcolor: getComputedStyle(section).backgroundColor };
+        const layout = { ...figure().layout, paper_bgcolor: getComputedStyle(section).backgroundColor };
         const { clientWidth: width, clientHeight: height } = plot;
-        void api.downloadImage({ data: figure.data, layout }, { format, filename: section.id, width, height, scale: format === "png" ? 2 : 1 });
+        void api.downloadImage({ data: figure().data, layout }, { format, filename: section.id, width, height, scale: format === "png" ? 2 : 1 });
       });
     }
   }

@@ -23,26 +23,46 @@ export function runsPage() {
   };
   const queryOf = () => {
     const query = new URLSearchParams();
-    for (const [name, value] of new FormData(filters)) if (value) query.append(name, String(value));
+    for (const [name, value] of new FormData(filters)) if (value && !query.has(name, String(value))) query.append(name, String(value));
     return String(query);
   };
-  filters.addEventListener("input", () => go(queryOf()));
+  filters.addEventListener("input", (event) => {
+    go(queryOf());
+    if (event.target instanceof Element && event.target.matches("[name=tag]")) { // a tag is a chip, or gone
+      readAddress();
+      if (document.activeElement === document.body) /** @type {HTMLElement | null} */ (filters.querySelector("select[name=tag]"))?.focus();
+    }
+  });
   filters.addEventListener("submit", (event) => { event.preventDefault(); go(queryOf()); });
 
   /** The form says what the address says. */
   function readAddress() {
     const view = new URLSearchParams(location.search);
-    for (const hidden of filters.querySelectorAll("input[type=hidden]")) hidden.remove();
-    for (const [name, value] of view) {
-      if (!["tag", "sort", "ascending"].includes(name)) continue;
-      const input = Object.assign(document.createElement("input"), { type: "hidden", name, value });
-      filters.append(input);
+    for (const old of filters.querySelectorAll("input[type=hidden], [data-tag]")) old.remove();
+    for (const name of ["sort", "ascending"]) {
+      const value = view.get(name);
+      if (value) filters.append(Object.assign(document.createElement("input"), { type: "hidden", name, value }));
     }
+    const more = /** @type {HTMLSelectElement | null} */ (filters.querySelector("select[name=tag]"));
+    if (more) more.value = "";
+    for (const tag of view.getAll("tag")) more?.before(chip(tag));
     const search = /** @type {HTMLInputElement} */ (filters.elements.namedItem("search"));
     if (document.activeElement !== search) search.value = view.get("search") ?? "";
-    for (const box of filters.querySelectorAll("input[name=state]"))
-      /** @type {HTMLInputElement} */ (box).checked = view.getAll("state").includes(/** @type {HTMLInputElement} */ (box).value);
+    for (const own of filters.querySelectorAll("input[name=state], input[name=severity]")) {
+      const box = /** @type {HTMLInputElement} */ (own);
+      box.checked = view.getAll(box.name).includes(box.value);
+    }
   }
+
+  /** A tag that is asked for, as the template has it: unchecked it goes. @param {string} tag */
+  function chip(tag) {
+    const label = Object.assign(document.createElement("label"), { className: "chip-box" });
+    label.dataset.tag = "";
+    const box = Object.assign(document.createElement("input"), { type: "checkbox", name: "tag", value: tag, checked: true });
+    label.append(box, Object.assign(document.createElement("span"), { textContent: tag }));
+    return label;
+  }
+
   addEventListener("popstate", () => { readAddress(); refresh(); });
   document.addEventListener("click", (event) => {
     const link = event.target instanceof Element ? event.target.closest("a[data-order]") : null;
@@ -84,6 +104,13 @@ export function runsPage() {
     if (box.checked) chosen.set(box.value, of(box));
     else chosen.delete(box.value);
     show();
+  });
+  // By keyboard from any row straight to what can be done with the chosen ones.
+  document.addEventListener("keydown", (event) => {
+    const box = event.target;
+    if (event.key !== "Enter" || !(box instanceof HTMLInputElement) || box.name !== "run" || bar.hidden) return;
+    event.preventDefault();
+    /** @type {HTMLElement} */ (bar.querySelector("button:enabled")).focus();
   });
   document.addEventListener("partschange", show);
   document.getElementById("none")?.addEventListener("click", () => { chosen.clear(); show(); });

@@ -13,10 +13,10 @@ its last bits; answers in JSON are rounded far above those.
 """
 
 from service.answers.buckets import bucket_width
-from service.answers.comparison import compare
+from service.answers.comparison import compare, scalar_of
 from service.answers.curves import heatmap, scalars, series, summary
 from service.answers.files import export
-from service.answers.records import NOT_YET, is_stored, layers, page, run, runs, stored_run
+from service.answers.records import NOT_YET, is_stored, layers, page, run, runs, stored_run, tags
 from service.answers.snapshots import History, channels, history
 from service.answers.spread import ranks
 from service.answers.stream import probe
@@ -40,9 +40,11 @@ __all__ = [
     "recorded",
     "run",
     "runs",
+    "scalar_of",
     "scalars",
     "schedule",
     "series",
     "stored_run",
     "summary",
+    "tags",
 ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal
 
 from brn_core.wire import Layer, RunStatus
-from service.diagnosis.finding import Verdict
+from service.diagnosis.finding import SEVERITIES, Severity, Verdict
 from service.errors import Invalid, NotFound, some
 from service.schemas import Run, Runs, RunState
 from service.store import Extent, Store, StoredRun
@@ -76,6 +76,19 @@ def known(store: Store, run_id: str) -> State:
     return state
 
 
+def known_runs(store: Store, run_ids: Sequence[str]) -> list[State]:
+    """Several runs as stored now, in this order, as `known` gives one; a server is asked for all of them at once.
+
+    Raises:
+        NotFound: there is none of one of these ids.
+    """
+    records, extents = store.records_of(run_ids), store.extents_of(run_ids)
+    states = [State(records.get(run) or stored_run(store, run), extents.get(run, Extent())) for run in run_ids]
+    for run in run_ids:
+        store.settle(run)
+    return states
+
+
 def stored_run(store: Store, run_id: str) -> StoredRun:
     """The record of a run.
 
@@ -112,14 +125,22 @@ def is_stored(store: Store, run_id: str, rank: int, seq: int) -> bool:
 # -------- the list
 
 
-RunOrder = Literal["created", "updated", "name", "last_step"]
+RunOrder = Literal["created", "updated", "name", "last_step", "severity"]
 
 _SORTS: Final[dict[RunOrder, Callable[[State], float | str]]] = {
     "created": lambda state: state.stored.created_at.timestamp(),
     "updated": lambda state: state.updated_at.timestamp(),
     "name": lambda state: state.stored.record.name.casefold(),
     "last_step": lambda state: -1 if state.extent.last_step is None else state.extent.last_step,
+    # of the severest the newest first: severity counts for more than any date
+    "severity": lambda state: 1e11 * SEVERITIES.index(severity_of(state.stored)) + state.stored.created_at.timestamp(),
 }
+
+
+def severity_of(stored: StoredRun) -> Severity:
+    """How severe the verdict of a run is; one that is still to come is no good news: it counts as info."""
+    verdict = stored.verdict or NOT_YET
+    return "info" if verdict.code in ("WARMUP", "NO_DATA") else verdict.severity
 
 
 def runs(store: Store) -> list[Run]:
@@ -134,6 +155,7 @@ def page(
     search: str = "",
     tags: Collection[str] = (),
     states: Collection[RunState] = (),
+    severities: Collection[Severity] = (),
     sort: RunOrder = "created",
     descending: bool = True,
     limit: int = 100,
@@ -144,9 +166,10 @@ def page(
     A page begins after the run that `cursor` names by its place in the order, so runs that come or go between two
     pages neither repeat nor hide others.
 
-    A run fits if `search` is in its id, name, notes or one of its tags (in either case), if it has all `tags`, and one
-    of the `states` unless none is named. Orders are created, updated, name and last_step (runs without rows count
-    as -1); equal ones stand by id.
+    A run fits if `search` is in its id, name, notes or one of its tags (in either case), if it has all `tags`, one
+    of the `states` unless none is named, and a verdict of one of the `severities` (see `severity_of`) likewise. Orders
+    are created, updated, name, last_step (runs without rows count as -1) and severity (equal ones by creation); equal
+    ones stand by id.
 
     Raises:
         Invalid: a cursor that is not from a page of this order.
@@ -161,6 +184,8 @@ def page(
         ):
             return False
         if not set(tags) <= set(record.tags):
+            return False
+        if severities and severity_of(state.stored) not in severities:
             return False
         return not states or state_of(state.stored.status, state.updated_at, now) in states
 
@@ -178,6 +203,11 @@ def page(
         total=len(found),
         next=_cursor(sort, place(shown[-1])) if len(rest) > limit else None,
     )
+
+
+def tags(store: Store) -> list[str]:
+    """Every tag that a run has, in alphabetical order."""
+    return sorted({tag for stored in store.records() for tag in stored.record.tags}, key=str.casefold)
 
 
 def _states(store: Store) -> list[State]:

@@ -19,6 +19,7 @@ from pydantic import SecretStr
 
 from brn_core import wire
 from dashboard import login, templating, views
+from dashboard.pages import Asked
 from service import answers
 from service.access import COOKIE
 from service.diagnosis.finding import Diagnosis, Finding
@@ -81,7 +82,12 @@ class TestRunList:
 
     def test_without_runs_shows_three_lines_that_start_one(self) -> None:
         html = templating.templates.get_template("runs_live.html").render(
-            views=[], filtered=False, tags=[], sort_href={}, page=answers_page(), root="http://127.0.0.1:9999"
+            views=[],
+            filtered=False,
+            asked=Asked("", (), (), (), "created", ascending=False, cursor=None),
+            sort_href={},
+            page=answers_page(),
+            root="http://127.0.0.1:9999",
         )
         code = re.search(r"<code>(.*?)</code>", html, re.DOTALL)
         assert code is not None

@@ -310,6 +310,16 @@ class TestComparison:
         assert (np.nanmin(band.y), np.nanmax(band.y)) == (0.0, 4.0)
         assert trace(figure, "y (1 run)").y[0] == 9.0
 
+    @pytest.mark.parametrize(("y", "ticks"), [([0.02, 0.2], "D2"), ([1e-9, 1.0], 2), ([0.02, 0.021], None)])
+    def test_ticks_of_a_log_axis_never_overlap(self, y: list[float], ticks: object) -> None:
+        figure = comparison([Panel("gap", (curve("a", [*y, np.nan, 0.0]),), log=True)], by_fraction=False)
+        assert figure.layout.yaxis.dtick == ticks
+
+    def test_a_narrow_one_leaves_the_names_to_the_tables(self) -> None:
+        runs = [Panel("loss", (curve("a run", [0, 1]), curve("b run", [0, 1])))]
+        assert "a run" in comparison(runs, by_fraction=False).layout.annotations[0].text
+        assert comparison(runs, by_fraction=False, compact=True).layout.annotations[0].text == "loss"
+
     def test_fractions_are_per_cent_of_the_plan(self) -> None:
         figure = comparison([Panel("loss", (curve("a", [0, 1]),))], by_fraction=True)
         assert figure.layout.xaxis.tickformat == ".0%"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -15,13 +16,15 @@ import synthetic as made
 
 from brn_core import wire
 from dashboard import report, templating, views
+from dashboard.figures.palette import PALETTES
 from dashboard.figures.probe import inputs_of_ranks
 from dashboard.figures.rank_spread import shown_ranks
 from dashboard.pages import rank_rows
 from service.diagnosis.finding import Diagnosis, Finding, Verdict
 from service.history import Event, FindingHistory
-from service.schemas import Comparison, Probe, RankHealth, Ranks, Run
+from service.schemas import Probe, RankHealth, Ranks, Run
 from service.settings import Settings
+from service.store import Store
 
 
 def finding(
@@ -135,25 +138,45 @@ class TestRunList:
         return [f"{run_id}-{name}" for name in "abc"]
 
     def test_is_searched_filtered_and_sorted_by_its_address(
-        self, client: httpx.Client, run_id: str, three: list[str]
+        self, client: httpx.Client, store: Store, run_id: str, three: list[str]
     ) -> None:
         a, b, c = three
+        store.put_verdict(a, Verdict(code="HEALTHY", severity="ok", summary="-"))
+        store.put_verdict(b, Verdict(code="NH-GAP", severity="critical", summary="-"))
         for query, expected in (
             ("sort=name&ascending=true", [a, b, c]),
             ("", [c, a, b]),
             ("tag=t", [a, b]),
             ("tag=t&tag=u", [a]),
             ("state=finished", [c]),
+            ("severity=critical&sort=severity", [b]),
+            ("sort=severity", [b, c, a]),
+            ("sort=severity&ascending=true&tag=", [a, c, b]),
         ):
             assert rows_of(client.get(f"/?search={run_id}&{query}").text) == expected, query
 
     def test_what_it_was_asked_for_is_in_the_form_and_in_every_link(
         self, client: httpx.Client, run_id: str, three: list[str]
     ) -> None:
-        page = client.get(f"/?search={run_id}&state=finished").text
+        page = client.get(f"/?search={run_id}&state=finished&severity=ok&severity=info&tag=").text
         assert f'value="{run_id}"' in page
         assert re.search(r'value="finished"\s+checked', page)
-        assert f"search={run_id}&amp;state=finished&amp;sort=name&amp;ascending=true" in page
+        for name in ("ok", "info"):
+            assert re.search(rf'name="severity" value="{name}"\s+checked', page)
+        asked = f"search={run_id}&amp;state=finished&amp;severity=ok&amp;severity=info"
+        assert f"{asked}&amp;sort=name&amp;ascending=true" in page
+        assert f"{asked}&amp;sort=severity" in page
+        tagged = client.get(f"/?search={run_id}&tag=t&sort=name").text
+        assert re.search(r'name="tag" value="t"\s+checked', tagged)
+        assert f'"/?search={run_id}&amp;tag=t&amp;tag=u&amp;sort=name"' in tagged  # a click on another tag narrows it
+
+    def test_says_when_a_run_began_and_orders_by_it(self, client: httpx.Client, run_id: str, three: list[str]) -> None:
+        page = client.get(f"/?search={run_id}").text
+        assert re.search(
+            r'aria-sort="descending"><a href="/\?search=[^"]*&amp;ascending=true" data-order>Created', page
+        )
+        began = client.get(f"/v1/runs/{three[0]}").json()["created_at"].replace("000Z", "+00:00")
+        assert page.count(f'data-label="created"><time datetime="{began}"') == 1
 
     def test_no_run_fits_is_said(self, client: httpx.Client) -> None:
         assert "No run fits" in client.get("/?search=nothing-is-called-this").text
@@ -234,7 +257,8 @@ def test_of_two_ranks_one_is_slow() -> None:
 
 def test_a_verdict_still_to_come_has_no_check_mark() -> None:
     tone = templating.templates.get_template("parts.html").module.tone
-    assert tone(Verdict(code="WARMUP", severity="ok", summary="-")) == "info"
+    for code in ("WARMUP", "NO_DATA"):
+        assert tone(Verdict(code=code, severity="ok", summary="-")) == "info"
     assert tone(Verdict(code="HEALTHY", severity="ok", summary="-")) == "ok"
 
 
@@ -309,15 +333,6 @@ class TestComparison:
         assert client.get(f"/compare?runs={','.join(ids)}").status_code == 200
         assert client.get("/v1/compare", params={"run": ids, "stat": "gap"}).status_code == 422
 
-    def test_what_config_repeats_of_the_record_is_a_column_once(self) -> None:
-        found = Comparison(
-            by="step",
-            runs=[],
-            final={},
-            config={"batch_size": [1, 2], "config.batch_size": [1, 2], "config.lr": [1, 2]},
-        )
-        assert sorted(views.compare_context(found, [])["settings"]) == ["batch_size", "config.lr"]
-
 
 class TestReport:
     def test_loads_nothing_and_holds_everything(self, client: httpx.Client, run_id: str) -> None:
@@ -326,7 +341,12 @@ class TestReport:
         assert answer.headers["content-disposition"] == f'attachment; filename="{run_id}.html"'
         head = answer.text.partition("<script>")[0]
         assert not re.findall(r'(?:src|href)="', head)
-        assert head.count('<script type="application/json">') == 5
+        figures = re.findall(r'<script type="application/json">(.*?)</script>', answer.text, re.DOTALL)
+        assert len(figures) == 5
+        for figure in map(json.loads, figures):  # for either theme
+            for theme, palette in PALETTES.items():
+                assert palette.text in json.dumps(figure[theme]["layout"])
+            assert PALETTES["light"].text not in json.dumps(figure["dark"])
 
     def test_of_several_runs_is_a_comparison(self, client: httpx.Client, run_id: str) -> None:
         for own in (run_id, f"{run_id}-2"):
@@ -378,9 +398,13 @@ class TestReport:
 
         assert f'<h1 data-part="name">{client.get(f"/v1/runs/{run_id}").json()["name"]}</h1>' in written(run_id)
         assert "2 runs compared" in written(run_id, f"{run_id}-b")
+        page = f"/compare?runs={run_id},{run_id}-b&by=fraction&stat=clip_r&scalar=loss&group=tag"
+        for address in (page, f"{client.base_url}{page}"):  # what the page of this address shows
+            assert '"name":"no tag (2 runs)"' in written(address)
+        assert "share of the planned steps" in written(page)
         (tmp_path / "it.html").unlink()
         capsys.readouterr()
-        for unknown in ("nobody", "../../healthz"):
+        for unknown in ("nobody", "../../healthz", "/compare?by=time&runs=a,b", "/runs/nobody/ranks"):
             assert report.main(["--report", unknown, "-o", str(tmp_path / "it.html"), *own], prog="brn-serve") == 1
             assert capsys.readouterr().err.count("\n") == 1
         own[-1] = "1"

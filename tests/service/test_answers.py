@@ -22,9 +22,12 @@ from synthetic import create, layer_rows, probe_rows, run_record, scalar_rows, s
 from brn_core import wire
 from service import answers, windows
 from service.answers import what_if
+from service.answers.comparison import Axis
 from service.answers.records import CRASHED_SECONDS, STALLED_SECONDS, state_of
 from service.answers.spread import NEWEST_STEPS
+from service.diagnosis.finding import Verdict
 from service.errors import Invalid, NotFound
+from service.memo import Memo
 from service.schemas import rounded
 from service.settings import Settings
 from service.store import Store
@@ -195,6 +198,22 @@ def test_runs_are_found_by_text_tag_and_state(client: httpx.Client, several: str
     assert listed(client, f"{several} lucky") == [2]
     assert listed(client, several, state="finished") == [2]
     assert listed(client, several, state=["finished", "running"]) == [4, 3, 2, 1, 0]
+
+
+def test_runs_are_ordered_and_chosen_by_the_severity_of_their_verdict(
+    client: httpx.Client, store: Store, run_id: str
+) -> None:
+    verdicts = ("HEALTHY ok", "NH-GAP critical", "NO_DATA ok", "NH-SMALL critical", "NH-LAG warning")
+    for i, (code, severity) in enumerate(map(str.split, verdicts)):
+        create(client, run_record(f"{run_id}-{i}"))
+        store.put_verdict(f"{run_id}-{i}", Verdict.model_validate({"code": code, "severity": severity, "summary": "-"}))
+    for limit in (1, 2, 5):
+        assert listed(client, run_id, limit=limit, sort="severity") == [3, 1, 4, 2, 0]  # equal ones: the newest first
+        assert listed(client, run_id, limit=limit, sort="severity", ascending=True) == [0, 2, 4, 1, 3]
+    assert listed(client, run_id, severity="critical") == [3, 1]
+    assert listed(client, run_id, severity=["ok", "warning"]) == [4, 0]
+    assert listed(client, run_id, severity="info") == [2]  # what is still to come is no good news
+    assert client.get("/v1/runs?severity=terrible").status_code == 422
 
 
 def test_a_run_that_goes_away_between_two_pages_hides_no_other(client: httpx.Client, several: str) -> None:
@@ -507,6 +526,40 @@ def test_runs_are_compared_on_one_axis(client: httpx.Client, run_id: str) -> Non
 def test_comparing_wants_two_to_twenty_runs(store: Store, runs: list[str]) -> None:
     with pytest.raises(Invalid, match="2 to 20"):
         answers.compare(store, runs, ["gap"])
+
+
+def test_six_runs_are_compared_by_as_many_queries_as_two(
+    client: httpx.Client, store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [f"{run_id}-{i}" for i in range(6)]
+    for i, run in enumerate(runs):
+        create(client, run_record(run, layers=1, planned_steps=10 * (i + 1)))
+        rows = {"layers": layer_rows(range(1, 31 + i), 1, gap=i), "scalars": scalar_rows({"loss": [(1, i), (2, 2.0)]})}
+        send(client, run, rows).raise_for_status()
+    client.get("/v1/compare", params={"run": runs, "stat": "gap"}).raise_for_status()  # the engine has all rows
+    ask, asking, asked = store.engine.rows, threading.get_ident(), 0
+
+    def counted(sql: str, **parameters: Any) -> pa.Table:
+        nonlocal asked
+        asked += threading.get_ident() == asking  # a diagnosis runs beside this
+        return ask(sql, **parameters)
+
+    monkeypatch.setattr(store.engine, "rows", counted)
+    axes: tuple[Axis, ...] = ("step", "fraction")
+    for by in axes:
+        queries = []
+        for some in (runs[:2], runs):
+            store._runs._records = Memo(256)  # as after a start: not even the records are known
+            asked = 0
+            found = answers.compare(store, some, ["gap", "clip_r"], by=by, points=8)
+            loss = answers.scalar_of(store, found, "loss")
+            queries.append(asked)
+            for i, own in enumerate(found.runs):
+                newest = {step // own.bucket_steps: step for step in range(1, 31 + i)}  # the last of each bucket stands
+                assert own.steps == list(newest.values())
+                assert own.series["gap"].mean == [i] * len(newest)
+                assert (min(loss[i].min), max(loss[i].max), loss[i].steps[-1]) == (min(i, 2), max(i, 2), 2)
+        assert queries == [4, 4]  # records, statistics, final scalars, one scalar's curve
 
 
 # -------- while rows arrive

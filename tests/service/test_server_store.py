@@ -176,6 +176,25 @@ def test_a_server_and_an_embedded_store_give_the_same_answer(
     assert json.loads(server) == json.loads(embedded)
 
 
+def test_a_server_and_an_embedded_store_compare_runs_alike(
+    client: httpx.Client, replicas: tuple[httpx.Client, httpx.Client], same_rows: str, run_id: str
+) -> None:
+    for each in (client, replicas[0]):
+        create(each, run_record(run_id, layers=1, planned_steps=9)).raise_for_status()
+        rows = {"layers": layer_rows(range(1, 8), 1), "scalars": scalar_rows({"loss": [(1, 1.0)]})}
+        send(each, run_id, rows).raise_for_status()
+    for by in ("step", "fraction"):
+        params = {"run": [same_rows, run_id], "stat": ["gap", "clip_r"], "by": by, "points": 6}
+        # The verdict is the one that was last computed: it comes when it comes.
+        found = [each.get("/v1/compare", params=params).raise_for_status().json() for each in (client, replicas[1])]
+        for answer in found:
+            for run in answer["runs"]:
+                del run["verdict"]
+        assert found[0] == found[1]
+    page = replicas[1].get(f"/compare?runs={same_rows},{run_id}").raise_for_status().text
+    assert page.count('<tr data-part="found ') == 2
+
+
 @pytest.mark.parametrize("table", wire.TABLES)
 def test_a_server_and_an_embedded_store_export_the_same_rows(
     client: httpx.Client, replicas: tuple[httpx.Client, httpx.Client], same_rows: str, table: str
