@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,15 +45,12 @@ class FindingColumn:
     cells: tuple[Seen | None, ...]
 
 
-def finding_columns(
-    runs: Sequence[Run], diagnoses: Sequence[Diagnosis | None], since: Mapping[str, Mapping[str, int]]
-) -> list[FindingColumn]:
+def finding_columns(runs: Sequence[Run], diagnoses: Sequence[Diagnosis | None]) -> list[FindingColumn]:
     """What is wrong in any of the runs, a column a code: the most severe first, then what most runs have.
 
     Args:
         runs: in the order of the rows.
         diagnoses: of each run; None where there is none yet.
-        since: by run and code the step at which a finding began, where the diagnosis looks less far back.
     """
     seen: dict[str, dict[int, Seen]] = {}
     statistics: dict[str, str] = {}
@@ -74,7 +71,7 @@ def finding_columns(
                 value=evidence.value if evidence else None,
                 low=evidence.low if evidence else None,
                 high=evidence.high if evidence else None,
-                since=min(finding.steps[0], since.get(run.id, {}).get(finding.code, finding.steps[0])),
+                since=finding.since,
                 summary=finding.summary,
                 view=finding_view(finding, keys[id(finding)], run),
                 more=sum(own.code == finding.code for own in diagnosis.findings) - 1,
@@ -92,12 +89,7 @@ def finding_columns(
     return sorted(columns, key=place)
 
 
-def compare_context(
-    found: Comparison,
-    runs: Sequence[Run],
-    diagnoses: Sequence[Diagnosis | None],
-    since: Mapping[str, Mapping[str, int]],
-) -> dict[str, Any]:
+def compare_context(found: Comparison, runs: Sequence[Run], diagnoses: Sequence[Diagnosis | None]) -> dict[str, Any]:
     """What the tables of a comparison say, one entry a run in the order of `runs`."""
     names = sorted((name for name in found.final if not name.startswith("brn/")), key=_metric_rank)
     results = [name for name in names if not is_setting(name)]
@@ -113,7 +105,7 @@ def compare_context(
         "views": [run_view(run, run.layers) for run in runs],
         "verdicts": [run.verdict if own is None else own.verdict for run, own in zip(runs, diagnoses, strict=True)],
         "pending": [own is None for own in diagnoses],
-        "findings": finding_columns(runs, diagnoses, since),
+        "findings": finding_columns(runs, diagnoses),
         "results": [(name, found.final[name]) for name in results],
         "settings": [
             *((key.removeprefix("config."), found.config[key]) for key in settings),

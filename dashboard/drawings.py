@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final, TypedDict
+from typing import Final, TypeAlias, TypedDict
 
 import numpy as np
 import plotly.graph_objects as go
@@ -33,7 +33,7 @@ from service.answers.curves import scalar_names
 from service.answers.records import known, known_runs
 from service.errors import Invalid
 from service.memo import Memo
-from service.schemas import Comparison, Run
+from service.schemas import Comparison, Run, Series
 from service.store import Store
 
 MOST_RUNS: Final = 100
@@ -83,9 +83,23 @@ class Look:
         return {"from_step": max(0, first - more), "to_step": last + more}
 
 
+def _without_layers(look: Look) -> go.Figure:
+    return without_data("This run has no normalization layers.", look.palette, height=160)
+
+
 def schedule(store: Store, run_id: str, look: Look) -> go.Figure:
     run = answers.run(store, run_id)
-    answer = answers.series(store, run_id, schedules.STATISTICS, layer=look.layer, rank=look.rank, **look.span)
+    if not run.layers:
+        return _without_layers(look)
+    answer = answers.series(
+        store,
+        run_id,
+        schedules.STATISTICS,
+        layer=look.layer,
+        rank=look.rank,
+        extremes=schedules.EXTREMES,
+        **look.span,
+    )
     figure = schedules.schedule_view(
         answer, layers=run.layers, planned=run.schedule, compact=look.compact, palette=look.palette
     )
@@ -93,6 +107,8 @@ def schedule(store: Store, run_id: str, look: Look) -> go.Figure:
 
 
 def heatmap(store: Store, run_id: str, look: Look) -> go.Figure:
+    if not answers.layers(store, run_id):
+        return _without_layers(look)
     answer = answers.heatmap(store, run_id, look.stat, rank=look.rank, **look.span)
     figure = layer_maps.layer_map(answer, selected=look.layer, compact=look.compact, palette=look.palette)
     return in_view(figure, look.steps, look.palette)
@@ -109,7 +125,7 @@ def scalars(store: Store, run_id: str, look: Look) -> go.Figure:
 def causes(store: Store, run_id: str, look: Look) -> go.Figure:
     run = answers.run(store, run_id)
     if not run.layers:
-        return without_data("This run has no normalization layers.", look.palette, height=160)
+        return _without_layers(look)
     layer = look.layer or 0
     answer = answers.series(store, run_id, cause_views.STATISTICS, layer=layer, **look.span)
     there = scalar_names(store, run_id)
@@ -193,7 +209,7 @@ def rank_spread(store: Store, run_id: str, look: Look) -> go.Figure:
 def rank_curves(store: Store, run_id: str, look: Look) -> go.Figure:
     run = answers.run(store, run_id)
     if not run.layers:
-        return without_data("This run has no normalization layers.", look.palette, height=160)
+        return _without_layers(look)
     outlier = answers.ranks(store, run_id, from_step=look.steps.first, to_step=look.steps.last).outlier
     always = (outlier.rank,) if outlier is not None else ()
     curves = [
@@ -203,12 +219,19 @@ def rank_curves(store: Store, run_id: str, look: Look) -> go.Figure:
     return in_view(rank_views.rank_curves(curves, compact=look.compact, palette=look.palette), look.steps, look.palette)
 
 
-def advisor(store: Store, run_id: str, look: Look, tried: Schedule, kept: Memo[answers.Recorded]) -> go.Figure:
+Tried: TypeAlias = tuple[Series, answers.Recorded]
+"""What the schedule advisor reads of a run: its curves, and the percentiles that clip rates are computed from."""
+
+
+def advisor(store: Store, run_id: str, look: Look, tried: Schedule, kept: Memo[Tried]) -> go.Figure:
     """The schedule `tried` on a run; `kept` holds what was read of it, for the next move of a slider."""
-    state = known(store, run_id)
-    answer = answers.series(store, run_id, schedules.STATISTICS, layer=look.layer)
-    recorded = kept.get((run_id, look.layer, *state.cursor), lambda: answers.recorded(store, run_id, layer=look.layer))
-    return advice(answer, recorded, tried, compact=look.compact, palette=look.palette)
+
+    def read() -> Tried:
+        curves = answers.series(store, run_id, schedules.STATISTICS, layer=look.layer, extremes=schedules.EXTREMES)
+        return curves, answers.recorded(store, run_id, layer=look.layer)
+
+    curves, recorded = kept.get((run_id, look.layer, *known(store, run_id).cursor), read)
+    return advice(curves, recorded, tried, compact=look.compact, palette=look.palette)
 
 
 def group_of(run: Run, group: str) -> str | None:

@@ -32,12 +32,11 @@ from dashboard.templating import render
 from dashboard.views import (
     DEFAULT_STATISTIC,
     by_severity,
-    finding_keys,
-    finding_view,
+    findings_context,
     run_view,
     statistic_groups,
 )
-from service import answers, history, windows
+from service import answers, windows
 from service.access import require_token
 from service.answers.comparison import Axis
 from service.answers.records import RunOrder
@@ -246,13 +245,16 @@ def _ranks_context(request: Request, run_id: str, first: int | None, last: int |
 
 
 def rank_rows(found: Ranks) -> list[dict[str, Any]]:
-    """Each rank with a word for how it is: missing, behind, slow, apart or fine."""
+    """Each rank with a word for how it is: missing (none is before the first row), behind, slow, apart or fine."""
     times = sorted(rank.step_time_seconds for rank in found.ranks if rank.step_time_seconds)
     middle = times[(len(times) - 1) // 2] if times else None  # of two the faster: a slow one is seen
+    begun = any(rank.last_step is not None for rank in found.ranks)
     rows = []
     for rank in found.ranks:
         words = []
-        if rank.last_step is None:
+        if rank.last_step is None and not begun:
+            words.append(("nothing yet", "info"))
+        elif rank.last_step is None:
             words.append(("missing", "critical"))
         elif (rank.behind_steps or 0) > 100:
             words.append(("behind", "warning"))
@@ -294,18 +296,17 @@ def _run_context(request: Request, run_id: str) -> dict[str, Any]:
     context = _head_context(request, run_id)
     run: Run = context["run"]
     diagnosis = windows.diagnosis(store_of(request), run_id)
-    keys = dict(zip(map(id, diagnosis.findings), finding_keys(diagnosis.findings), strict=True))
-    findings = by_severity(diagnosis.findings)
-    return context | {
-        "diagnosis": diagnosis,
-        "findings": findings,
-        "shown_by": [finding_view(finding, keys[id(finding)], run) for finding in findings],
-        "heights": {
-            "schedule": schedules.HEIGHT,
-            "heatmap": layer_maps.height(len(run.layers)),
-            "causes": cause_views.HEIGHT,
-        },
-    }
+    return (
+        context
+        | findings_context(diagnosis, run)
+        | {
+            "heights": {
+                "schedule": schedules.HEIGHT,
+                "heatmap": layer_maps.height(len(run.layers)),
+                "causes": cause_views.HEIGHT,
+            },
+        }
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- comparison
@@ -337,7 +338,7 @@ def _compare_context(request: Request, runs: str) -> dict[str, Any]:
     diagnoses = [
         windows.diagnosis(store, own) if time.monotonic() < deadline else windows.computed(store, own) for own in ids
     ]
-    return compare_context(found, records, diagnoses, history.beginnings(store, ids)) | {"ids": ids}
+    return compare_context(found, records, diagnoses) | {"ids": ids}
 
 
 @router.get("/compare/report")

@@ -23,8 +23,8 @@ from dashboard.drawings import Look
 from dashboard.figures.palette import PALETTES
 from dashboard.login import plotly_source
 from dashboard.templating import STATIC, templates
-from dashboard.views import DEFAULT_STATISTIC, by_severity, run_view
-from service import answers, history, windows
+from dashboard.views import DEFAULT_STATISTIC, findings_context, run_view
+from service import answers, windows
 from service.answers.comparison import Axis
 from service.checkup import answer_of_service
 from service.errors import CannotStart, ServiceError, StoreInUse
@@ -62,13 +62,10 @@ def run_report(store: Store, run_id: str) -> str:
         "title": run.name,
         "view": run_view(run, run.layers),
         "run": run,
-        "diagnosis": diagnosis,
-        "findings": by_severity(diagnosis.findings),
         "report": True,
-        "shown_by": [""] * len(diagnosis.findings),
         "figures": figures,
     }
-    return _page("report_run.html", context)
+    return _page("report_run.html", context | findings_context(diagnosis, run))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +93,7 @@ def comparison_report(store: Store, run_ids: Sequence[str], shown: Shown) -> str
     """
     found, records = drawings.comparison_of(store, run_ids, [shown.stat], shown.by)
     diagnoses = [windows.diagnosis(store, own.id) for own in records]
-    context = compare_context(found, records, diagnoses, history.beginnings(store, run_ids))
+    context = compare_context(found, records, diagnoses)
     scalar = shown.scalar if shown.scalar in context["scalars"] else context["scalar"]
     figure = {
         "name": "compare",

@@ -75,4 +75,6 @@ def render(request: Request, name: str, context: dict[str, Any], status: int = 2
 
 def message(request: Request, status: int, title: str, text: str) -> Response:
     """A page that says why there is no other."""
-    return render(request, "message.html", {"title": title, "text": text}, status)
+    return render(
+        request, "message.html", {"title": title, "text": f"{text[:1].upper()}{text[1:].rstrip('.')}."}, status
+    )

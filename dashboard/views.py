@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from brn_core.wire import METRIC, METRICS, Layer, Metric
@@ -134,3 +134,44 @@ def finding_view(finding: Finding, key: str, run: Run) -> str:
         view.setdefault("from", 0)
         view.setdefault("to", run.last_step)
     return urlencode(view)
+
+
+ANSWERS: Final = {"critical": "Fix this", "warning": "Look at this", "info": "Not judged"}
+"""Whether normalization hurts a run, in two words, by the severity of its verdict."""
+
+GOOD_ANSWERS: Final = {"HEALTHY": "Healthy", "WARMUP": "Too early to say", "NO_DATA": "No rows yet"}
+"""The same by the verdict's code, where nothing is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A finding as a page shows it.
+
+    Attributes:
+        finding: the finding.
+        key: its name on the page (`finding_keys`): an update puts it in the place of the one of that name.
+        href: query of the run page on which every plot shows it; empty: none.
+        says_more: whether it says something that the verdict above it does not.
+    """
+
+    finding: Finding
+    key: str
+    href: str
+    says_more: bool
+
+
+def findings_context(diagnosis: Diagnosis, run: Run) -> dict[str, Any]:
+    """What a page says of a run's findings: the verdict's own first, then the worst."""
+    verdict = diagnosis.verdict
+    keys = dict(zip(map(id, diagnosis.findings), finding_keys(diagnosis.findings), strict=True))
+    shown = [
+        Shown(
+            finding,
+            keys[id(finding)],
+            finding_view(finding, keys[id(finding)], run),
+            bool(finding.evidence or finding.remedy) or not verdict.summary.startswith(finding.summary.rstrip(".")),
+        )
+        for finding in sorted(by_severity(diagnosis.findings), key=lambda own: own.code != verdict.code)
+    ]
+    answer = GOOD_ANSWERS.get(verdict.code) or ANSWERS.get(verdict.severity, "Healthy")
+    return {"diagnosis": diagnosis, "answer": answer, "findings": shown}

@@ -7,6 +7,7 @@ in the background, and changed by requests only to mark a finding as acknowledge
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -115,7 +116,8 @@ def _since(before: FindingHistory | None, finding: Finding) -> int:
 
 def dated(history: Mapping[str, FindingHistory], diagnosis: Diagnosis) -> Diagnosis:
     """The diagnosis with the first step of each finding, which its rows alone, the newest ones, may not show."""
-    since = [_since(history.get(finding.code), finding) for finding in diagnosis.findings]
+    times = Counter(finding.code for finding in diagnosis.findings)  # of several of one code nobody knows whose it is
+    since = [_since(history.get(own.code) if times[own.code] == 1 else None, own) for own in diagnosis.findings]
     if since == [finding.since for finding in diagnosis.findings]:
         return diagnosis
     findings = tuple(

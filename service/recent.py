@@ -181,6 +181,12 @@ class RecentRuns:
                 self._runs.popitem(last=False)
             return found
 
+    def version(self, run_id: str) -> int:
+        """`Recent.version` of a run; 0 where it is not here, as of one that was never here."""
+        with self._lock:
+            found = self._runs.get(run_id)
+            return 0 if found is None else found.version
+
     def offer(self, batches: Sequence[Batch]) -> None:
         """Takes note of batches that were just stored."""
         with self._lock:

@@ -88,7 +88,9 @@ def diagnosis(store: Store, run_id: str) -> Diagnosis:
 
 def computed(store: Store, run_id: str) -> Diagnosis | None:
     """What `diagnosis` would answer, if that was computed already."""
-    return store.diagnoses.peek((run_id, *_known(store, run_id).cursor))
+    state = _State(stored_run(store, run_id), store.extent(run_id))
+    found = store.diagnoses.peek((run_id, *state.cursor, store.recent.version(run_id)))
+    return None if found is None else history.known(store, found)
 
 
 def window(store: Store, run_id: str) -> Window:

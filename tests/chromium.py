@@ -1,14 +1,18 @@
-"""The browser that tests drive, how it is started without a screen, and what is asked of its pages."""
+"""The browser that tests drive, how it is started without a screen, and what all tests of pages do with it."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
+import pytest
+import synthetic as made
 from playwright.sync_api import Page, expect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -24,7 +28,12 @@ FLAGS = [
 ]
 
 PATIENCE_MS = 60_000
-expect.set_options(timeout=PATIENCE_MS)
+
+NEEDS_CHROMIUM = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (Debian: apt-get install chromium)"),
+]
+"""Marks of a file of browser tests."""
 
 
 def _axe() -> Path | None:
@@ -35,6 +44,8 @@ def _axe() -> Path | None:
 
 
 AXE = _axe()
+
+LIMITS = {"r_max": 3.0, "r_min": 1 / 3, "d_max": 5.0}
 
 
 @dataclass
@@ -65,3 +76,20 @@ def eventually(answer: Callable[[], Any], what: str, seconds: float = 60) -> Any
 def plot(page: Page, figure: str, expression: str) -> Any:
     """A value of the plot element `gd` of a figure."""
     return page.evaluate(f"(() => {{ const gd = document.querySelector('#{figure} .plot'); return {expression}; }})()")
+
+
+def write_more(client: httpx.Client, run_id: str, first: int, last: int, seq: int) -> None:
+    steps = range(first, last + 1)
+    rows = {
+        "layers": made.layer_rows(steps, 3, **LIMITS),
+        "scalars": made.scalar_rows({"loss": [(step, 1 / step) for step in steps]}),
+    }
+    made.send(client, run_id, rows, seq=seq).raise_for_status()
+
+
+@contextmanager
+def wheel_of_time(page: Page) -> Iterator[None]:
+    """Fails if an update rebuilt the page instead of the parts that changed."""
+    page.evaluate("document.querySelector('h1').dataset.witness = 'same'; window.witness = 'same'")
+    yield
+    assert page.evaluate("[document.querySelector('h1').dataset.witness, window.witness]") == ["same", "same"]

@@ -130,7 +130,7 @@ def key(label: str, color: str) -> str:
 
 
 def without_data(text: str, palette: Palette, *, height: int) -> go.Figure:
-    """The figure of a run that has nothing to draw yet: it says so."""
+    """The figure of a run that has nothing to draw yet: it says so. A page says `meta.empty` and draws nothing."""
     return assemble(
         [],
         {
@@ -138,7 +138,7 @@ def without_data(text: str, palette: Palette, *, height: int) -> go.Figure:
             "xaxis": {"visible": False},
             "yaxis": {"visible": False},
             "annotations": [{"text": text, "showarrow": False, "font": {"size": 13, "color": palette.muted}}],
-            "meta": {"caption": ""},
+            "meta": {"caption": "", "empty": text},
         },
         palette,
     )

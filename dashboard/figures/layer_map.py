@@ -61,11 +61,12 @@ def layer_map(
         f"{plain(metric.label)}: <b>%{{customdata:{shown.number}}}</b><extra></extra>",
         "colorbar": {
             "orientation": "h",
-            "x": 1,
-            "xanchor": "right",
+            "x": 0,  # plotly's buttons appear at the right
+            "xanchor": "left",
             "y": 1,
-            "yanchor": "bottom",
-            "ypad": 4,
+            "yref": "container",  # relative to the plot it would push the top margin open
+            "yanchor": "top",
+            "ypad": 2,
             "len": 0.98 if compact else 0.5,
             "thickness": 10,
             "outlinewidth": 0,

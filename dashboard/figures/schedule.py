@@ -33,6 +33,9 @@ _CORRECTIONS: Final = tuple(f"{symbol}_q{q:02d}" for symbol in "rd" for q in (5,
 STATISTICS: Final = (*_CORRECTIONS, "r_min", "r_max", "d_max", "clip_r", "clip_d", "gap")
 """What `schedule_view` needs of `Series`."""
 
+EXTREMES: Final = ("clip_r", "clip_d", "gap")
+"""Of which it needs the extremes too: they are half of what the question costs."""
+
 HEIGHT: Final = 560
 """In pixels."""
 

@@ -5,7 +5,7 @@ import { csvOf, download } from "./export.js";
 import { ask, Refusal } from "./service.js";
 
 /** @typedef {import("./export.js").Trace} Trace */
-/** @typedef {{data: object[], layout: {height?: number, dragmode?: unknown, meta?: {caption?: string}, [key: string]: unknown}}} FigureJson */
+/** @typedef {{data: object[], layout: {height?: number, dragmode?: unknown, meta?: {caption?: string, empty?: string}, [key: string]: unknown}}} FigureJson */
 /** @typedef {HTMLElement & {on: (event: string, then: (event: any) => void) => void, data?: object[], layout?: object, _dragging?: boolean, _fullData?: Trace[]}} PlotElement */
 /** @typedef {{react: (el: HTMLElement, data: object[], layout: object, config: object) => Promise<unknown>,
  *   downloadImage: (figure: {data?: object[], layout?: object}, options: object) => Promise<unknown>, Plots: {resize: (el: HTMLElement) => void}}} PlotlyApi */
@@ -63,6 +63,7 @@ export class Figure {
     this.asked = 0;
     this.inSight = false;
     this.stale = true;
+    this.plotted = false;
     this.plot.style.minHeight = `${this.plot.dataset.height}px`;
     for (const button of section.querySelectorAll("[data-take]"))
       button.addEventListener("click", () => void this.take(/** @type {HTMLElement} */ (button).dataset.take ?? ""));
@@ -89,9 +90,10 @@ export class Figure {
       while (this.plot._dragging) await new Promise((resolve) => setTimeout(resolve, 200));
       if (mine !== this.asked) return;
       if (touch.matches) figure.layout.dragmode = false; // a finger scrolls the page
-      const first = this.section.dataset.state !== "ready";
-      if (first) this.plot.replaceChildren();
-      await api.react(this.plot, figure.data, figure.layout, {
+      const empty = figure.layout.meta?.empty;
+      this.section.toggleAttribute("data-empty", Boolean(empty));
+      if (!this.plotted) this.plot.replaceChildren();
+      if (!empty) await api.react(this.plot, figure.data, figure.layout, {
         responsive: true,
         displaylogo: false,
         doubleClick: "autosize",
@@ -100,10 +102,13 @@ export class Figure {
         modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "toImage"],
       });
       this.plot.style.minHeight = `${figure.layout.height}px`;
-      this.caption.textContent = figure.layout.meta?.caption ?? "";
+      this.caption.textContent = empty ?? figure.layout.meta?.caption ?? "";
       this.section.dataset.state = "ready";
       this.section.dataset.shown = String(query);
-      if (first) this.onFirst();
+      if (!empty && !this.plotted) {
+        this.plotted = true;
+        this.onFirst();
+      }
       const now = this.view();
       now.set("theme", theme());
       if (String(now) !== String(query)) return await this.draw(); // the window or the view changed meanwhile
@@ -123,7 +128,7 @@ export class Figure {
 
   /** @param {string} what svg, png or csv */
   async take(what) {
-    if (this.section.dataset.state !== "ready") return;
+    if (this.section.dataset.state !== "ready" || "empty" in this.section.dataset) return;
     const filename = `${main.dataset.run}-${this.name}`;
     if (what === "csv") return download(csvOf(this.plot._fullData ?? []), `${filename}.csv`);
     const { data, layout, clientWidth: width, clientHeight: height } = this.plot;

@@ -223,6 +223,9 @@ export function panelsPage() {
   }
 
   readView();
+  // The observer speaks first after a first paint, when plotly.js has run: what is in sight is asked for while it loads.
+  for (const figure of figures) figure.inSight = figure.section.getBoundingClientRect().top < innerHeight;
+  redraw(figures.filter((figure) => figure.inSight));
   askForPending();
   for (const figure of figures) sight.observe(figure.section);
   if (main.dataset.events) follow();

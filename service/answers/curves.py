@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -24,8 +24,12 @@ def series(
     from_step: int | None = None,
     to_step: int | None = None,
     points: int = 500,
+    extremes: Collection[str] | None = None,
 ) -> Series:
     """Statistics over steps, of one layer or over all, of one rank or over all.
+
+    Minimum and maximum cost as much as the mean: `extremes` names the statistics that they are wanted of (None: all),
+    the others' are empty.
 
     Raises:
         NotFound: no such run.
@@ -33,15 +37,19 @@ def series(
     """
     stats = checked_stats(stats)
     part = part_of(known(store, run_id), points, layer=layer, rank=rank, from_step=from_step, to_step=to_step)
-    steps, found = buckets_of(store, part, stats)
+    steps, found = buckets_of(store, part, stats, extremes)
     return Series(run=run_id, layer=layer, rank=rank, bucket_steps=part.width, steps=steps, series=found)
 
 
-def buckets_of(store: Store, part: Slice, stats: Sequence[str]) -> tuple[list[int], dict[str, Buckets]]:
-    """The steps of the buckets that have rows, and each (checked) statistic over them."""
+def buckets_of(
+    store: Store, part: Slice, stats: Sequence[str], extremes: Collection[str] | None = None
+) -> tuple[list[int], dict[str, Buckets]]:
+    """The steps of the buckets that have rows, and each (checked) statistic over them; `extremes` as of `series`."""
+    whole = [stat for stat in stats if extremes is None or stat in extremes]
+    asked = [aggregates(stat) if stat in whole else f"avg({stat}) AS {stat}_mean" for stat in stats]
     table = store.engine.rows(
         f"""
-        SELECT max(step) AS newest, {", ".join(aggregates(stat) for stat in stats)}
+        SELECT max(step) AS newest, {", ".join(asked)}
         FROM layers WHERE {part.where}
         GROUP BY intDiv(step, {{width:UInt64}}) ORDER BY newest
         """,
@@ -49,9 +57,9 @@ def buckets_of(store: Store, part: Slice, stats: Sequence[str]) -> tuple[list[in
     )
     found = {
         stat: Buckets(
-            min=numbers(table.column(f"{stat}_min")),
+            min=numbers(table.column(f"{stat}_min")) if stat in whole else [],
             mean=numbers(table.column(f"{stat}_mean")),
-            max=numbers(table.column(f"{stat}_max")),
+            max=numbers(table.column(f"{stat}_max")) if stat in whole else [],
         )
         for stat in stats
     }

@@ -1,4 +1,4 @@
-"""One Chromium for all tests here, and pages in it in which nothing may go wrong."""
+"""A real Chromium. Every test fails on a console error, an uncaught exception or a failed request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 from chromium import CHROMIUM, FLAGS, PATIENCE_MS, Window
-from playwright.sync_api import BrowserContext, Request, sync_playwright
+from playwright.sync_api import BrowserContext, Request, expect, sync_playwright
+
+expect.set_options(timeout=PATIENCE_MS)
 
 
 @pytest.fixture(scope="module")

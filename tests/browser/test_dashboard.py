@@ -6,46 +6,33 @@ import csv
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import synthetic as made
-from chromium import AXE, CHROMIUM, PATIENCE_MS, Window, drawn, eventually, plot
+from chromium import (
+    AXE,
+    LIMITS,
+    NEEDS_CHROMIUM,
+    PATIENCE_MS,
+    Window,
+    drawn,
+    eventually,
+    plot,
+    wheel_of_time,
+    write_more,
+)
 from fastapi import FastAPI
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 from pydantic import SecretStr
 
 from benchmarks.pages import serving as serving_rows
 from brn_core import wire
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (Debian: apt-get install chromium)"),
-]
-
-
-LIMITS = {"r_max": 3.0, "r_min": 1 / 3, "d_max": 5.0}
-
-
-def write_more(client: httpx.Client, run_id: str, first: int, last: int, seq: int) -> None:
-    steps = range(first, last + 1)
-    rows = {
-        "layers": made.layer_rows(steps, 3, **LIMITS),
-        "scalars": made.scalar_rows({"loss": [(step, 1 / step) for step in steps]}),
-    }
-    made.send(client, run_id, rows, seq=seq).raise_for_status()
-
-
-@contextmanager
-def wheel_of_time(page: Page) -> Iterator[None]:
-    """Fails if an update rebuilt the page instead of the parts that changed."""
-    page.evaluate("document.querySelector('h1').dataset.witness = 'same'; window.witness = 'same'")
-    yield
-    assert page.evaluate("[document.querySelector('h1').dataset.witness, window.witness]") == ["same", "same"]
+pytestmark = NEEDS_CHROMIUM
 
 
 def test_a_run_page_draws_schedule_layer_map_and_loss(

@@ -42,7 +42,7 @@ class TestFindings:
         a = diagnosis("a", finding("NH-LAG", "warning"), finding("NH-SMALL", "warning"), finding("NH-GAP", "info"))
         b = diagnosis("b", finding("NH-SMALL", "info"), finding("NH-CLUSTER", "critical"))
         c = diagnosis("c", finding("HEALTHY", "ok"), finding("NH-WITHHELD", "info"))
-        columns = finding_columns([a_run("a"), a_run("b"), a_run("c")], [a, b, c], {})
+        columns = finding_columns([a_run("a"), a_run("b"), a_run("c")], [a, b, c])
         assert [column.code for column in columns] == ["NH-CLUSTER", "NH-SMALL", "NH-LAG", "NH-GAP"]
         assert [[cell and cell.severity for cell in column.cells] for column in columns] == [
             [None, "critical", None], ["warning", "info", None], ["warning", None, None], ["info", None, None],
@@ -50,7 +50,7 @@ class TestFindings:
 
     def test_a_cell_says_how_much_since_when_and_leads_to_the_evidence(self) -> None:
         mild, bad = finding("NH-SMALL", "info", 1.0, 700), finding("NH-SMALL", "warning", 5.0)
-        (column,) = finding_columns([a_run("a")], [diagnosis("a", mild, bad)], {})
+        (column,) = finding_columns([a_run("a")], [diagnosis("a", mild, bad)])
         (cell,) = column.cells
         assert cell is not None
         assert (column.statistic, cell.value, cell.low, cell.high, cell.since) == ("G, gap", 5.0, 4.0, 6.0, 400)
@@ -58,8 +58,8 @@ class TestFindings:
         assert "finding=NH-SMALL~2" in cell.view.replace("%7E", "~")  # the second of this code, the worst
 
     def test_a_finding_is_as_old_as_its_history_says(self) -> None:
-        both = [diagnosis("a", finding("NH-SMALL", "info")), diagnosis("b", finding("NH-SMALL", "info"))]
-        (column,) = finding_columns([a_run("a"), a_run("b")], both, {"a": {"NH-SMALL": 7}, "b": {"NH-LAG": 7}})
+        old, new = finding("NH-SMALL", "info").model_copy(update={"since": 7}), finding("NH-SMALL", "info")
+        (column,) = finding_columns([a_run("a"), a_run("b")], [diagnosis("a", old), diagnosis("b", new)])
         assert [cell and cell.since for cell in column.cells] == [7, 400]
 
     def test_a_run_that_is_not_diagnosed_yet_hides_no_other(self) -> None:
@@ -68,7 +68,6 @@ class TestFindings:
             Comparison(by="step", runs=[], config={}, final={}),
             runs,
             [None, diagnosis("b", finding("NH-LAG", "warning", None))],
-            {},
         )
         assert context["pending"] == [True, False]
         assert [cell and cell.value for cell in context["findings"][0].cells] == [None, None]
@@ -91,7 +90,7 @@ def test_results_are_accuracy_loss_and_every_scalar_of_the_user() -> None:
     }
     final["momentum"] = [0.9, 0.9]  # alike in both
     found = Comparison(by="step", runs=[], config={"config.lr": [1, 2]}, final=final)
-    context = compare_context(found, [], [], {})
+    context = compare_context(found, [], [])
     assert [name for name, _ in context["results"]] == ["val_acc", "loss", "reward"]
     assert [name for name, _ in context["settings"]] == ["lr", "lr at the newest step"]
     assert context["scalars"] == ["val_acc", "loss", "reward", "lr", "momentum"]  # any can be drawn
@@ -100,7 +99,7 @@ def test_results_are_accuracy_loss_and_every_scalar_of_the_user() -> None:
 def test_what_config_repeats_of_the_record_is_a_column_once() -> None:
     config = {"batch_size": [1, 2], "config.batch_size": [1, 2], "config.lr": [1, 2]}
     found = Comparison.model_validate({"by": "step", "runs": [], "final": {}, "config": config})
-    assert [name for name, _ in compare_context(found, [], [], {})["settings"]] == ["lr", "batch_size"]
+    assert [name for name, _ in compare_context(found, [], [])["settings"]] == ["lr", "batch_size"]
 
 
 class TestPage:

@@ -20,8 +20,9 @@ from pydantic import SecretStr
 from brn_core import wire
 from dashboard import login, templating, views
 from dashboard.pages import Asked
+from service import answers
 from service.access import COOKIE
-from service.diagnosis.finding import Finding
+from service.diagnosis.finding import Diagnosis, Finding
 from service.schemas import Run, Runs
 
 TOKEN = "correct horse battery"
@@ -169,6 +170,27 @@ class TestFigures:
             layout = client.get(f"/runs/{run_id}/figures/{name}").raise_for_status().json()["layout"]
             axes = [axis for key, axis in layout.items() if key.startswith("yaxis")]
             assert all(axis["fixedrange"] for axis in axes), name
+
+    def test_a_slider_that_moves_reads_nothing_anew_until_rows_come(
+        self, client: httpx.Client, run_id: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made.write_run(client, run_id)
+        asked: list[str] = []
+        for name in ("series", "recorded"):
+            question = getattr(answers, name)
+            said = lambda *given, name=name, ask=question, **more: (asked.append(name), ask(*given, **more))[1]  # noqa: E731
+            monkeypatch.setattr(answers, name, said)
+
+        def slide(r_max: float) -> list[str]:
+            asked.clear()
+            limits = {"bn_steps": 1, "r_steps": 5, "d_steps": 5, "r_max": r_max, "d_max": 5}
+            client.get(f"/runs/{run_id}/figures/advisor", params=limits).raise_for_status()
+            return asked.copy()
+
+        assert slide(2.0) == ["series", "recorded"]
+        assert [slide(2.1), slide(2.2)] == [[], []]
+        made.send(client, run_id, {"layers": made.layer_rows([21], 3)}, seq=2).raise_for_status()
+        assert slide(2.2) == ["series", "recorded"]
 
     def test_theme_changes_the_colours(self, client: httpx.Client, run_id: str) -> None:
         made.write_run(client, run_id)
@@ -335,15 +357,15 @@ def test_a_finding_is_shown_with_evidence_where_when_and_remedy(run_id: str) -> 
         },
         "remedy": {"text": "Shuffle.", "code": "DataLoader(shuffle=True)"},
     }
-    diagnosis = {"verdict": fields, "step": 3000}
+    verdict = {"code": "NH-CLUSTER", "severity": "critical", "summary": "One sentence - and it shows."}
+    diagnosis = Diagnosis.model_validate({"run": "r", "verdict": verdict, "step": 3000, "findings": [fields]})
     view = views.run_view(a_run(), [])
-    html = templating.templates.get_template("run_live.html").render(
-        view=view, run=view.run, diagnosis=diagnosis, findings=[Finding.model_validate(fields)], shown_by=["stat=gap"]
-    )
+    context = views.findings_context(diagnosis, view.run)
+    html = templating.templates.get_template("run_live.html").render(view=view, run=view.run, **context)
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
     for part in (
-        "NH-CLUSTER", "since step 1,200", "One sentence.", "layer5", "and 3 more layers", "rank 1", "3.4",
-        "95 % CI 2.9 to 4.1", "F &lt;ratio&gt;", "threshold 1.2", "z = 8", "400 steps", "Shuffle.",
+        "Fix this", "NH-CLUSTER", "since step 1,200", "One sentence - and it shows.", "layer5", "and 3 more layers",
+        "rank 1", "3.4", "95 % CI 2.9 to 4.1", "F &lt;ratio&gt;", "threshold 1.2", "z = 8", "400 steps", "Shuffle.",
         "DataLoader(shuffle=True)",
     ):  # fmt: skip
         assert part in text

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs
 
 import httpx
@@ -70,6 +71,33 @@ class TestFindingsAsAddresses:
     def test_statistics_that_do_not_exist_are_left_out(self) -> None:
         odd = finding(query="/v1/runs/r/series?stat=nonsense&layer=x")
         assert views.evidence_of(odd) == views.Evidence("series")
+
+
+class TestWhatAPageSaysOfFindings:
+    def context(self, *findings: Finding, code: str = "NH-SMALL") -> Any:
+        verdict = Verdict(code=code, severity=findings[0].severity, summary="- and it shows.")
+        diagnosis = Diagnosis(run="r", step=500, verdict=verdict, findings=findings)
+        return views.findings_context(diagnosis, a_run())
+
+    def test_the_verdicts_own_finding_stands_first_and_nothing_is_said_twice(self) -> None:
+        worse, own = finding("NH-GAP", severity="critical"), finding("NH-SMALL")
+        shown = self.context(worse, own)["findings"]
+        assert [each.finding.code for each in shown] == ["NH-SMALL", "NH-GAP"]
+        healthy = finding("HEALTHY", severity="ok", summary="All is well.", evidence=None)
+        verdict = Verdict(code="HEALTHY", severity="ok", summary="All is well.")
+        diagnosis = Diagnosis(run="r", step=500, verdict=verdict, findings=(healthy,))
+        assert [each.says_more for each in views.findings_context(diagnosis, a_run())["findings"]] == [False]
+
+    @pytest.mark.parametrize(
+        ("code", "severity", "answer"),
+        [
+            ("NH-CLUSTER", "critical", "Fix this"), ("NH-CLUSTER", "warning", "Look at this"),
+            ("HEALTHY", "ok", "Healthy"), ("WARMUP", "ok", "Too early to say"), ("NO_DATA", "info", "No rows yet"),
+            ("NH-WITHHELD", "info", "Not judged"),
+        ],
+    )  # fmt: skip
+    def test_the_answer_comes_in_two_words(self, code: str, severity: str, answer: str) -> None:
+        assert self.context(finding(code, severity=severity), code=code)["answer"] == answer
 
 
 def rows_of(page: str) -> list[str]:
@@ -268,7 +296,7 @@ class TestComparison:
         made.write_run(client, run_id)
         answer = client.get(f"/compare?runs={run_id}", headers={"accept": "text/html"})
         assert answer.status_code == 422
-        assert "choose two or more runs" in answer.text
+        assert "Choose two or more runs" in answer.text
 
     def test_a_form_without_scripts_leads_there_too(self, client: httpx.Client) -> None:
         answer = client.get("/compare?run=a&run=b")

@@ -115,6 +115,20 @@ def test_the_same_question_has_the_same_answer(client: httpx.Client, run_id: str
 # -------- summary
 
 
+def test_extremes_are_had_where_they_are_wanted_and_means_are_the_same(
+    client: httpx.Client, store: Store, run_id: str
+) -> None:
+    write_run(client, run_id, steps=20, gap=[[1.0, math.nan, 3.0]])
+    stats = ("gap", "clip_r", "r_q50")
+    whole = answers.series(store, run_id, stats, points=5)
+    some = answers.series(store, run_id, stats, points=5, extremes=("clip_r",))
+    assert some.steps == whole.steps
+    assert some.series["clip_r"] == whole.series["clip_r"]
+    for stat in ("gap", "r_q50"):
+        np.testing.assert_allclose(some.series[stat].mean, whole.series[stat].mean)  # NaN is NaN
+        assert some.series[stat].min == some.series[stat].max == []
+
+
 def test_a_layer_that_is_no_longer_recorded_keeps_its_newest_row(
     client: httpx.Client, store: Store, run_id: str
 ) -> None:

@@ -75,20 +75,6 @@ def test_a_finding_appears_grows_eases_and_ends() -> None:
     assert found["NH-CLUSTER"].present
 
 
-def test_a_finding_is_as_old_as_it_was_ever_seen_unless_it_ended_meanwhile(store: Store, run_id: str) -> None:
-    for name in ("a", "b"):
-        store.put_run(run_record(f"{run_id}-{name}"), "running", BEGIN)
-    said = [finding("NH-CLUSTER", first_step=5), finding("NH-LAG", first_step=8)]
-    for run, course in (("a", [said, said]), ("b", [said, said[:1], [said[0], finding("NH-LAG", first_step=90)]])):
-        for step, findings in enumerate(course):
-            own = diagnosis(step, *findings).model_copy(update={"run": f"{run_id}-{run}"})
-            history.note(store, own)
-    assert history.beginnings(store, [f"{run_id}-a", f"{run_id}-b", "nobody"]) == {
-        f"{run_id}-a": {"NH-CLUSTER": 5, "NH-LAG": 8},
-        f"{run_id}-b": {"NH-CLUSTER": 5},
-    }
-
-
 def test_a_statistic_twice_as_far_from_its_threshold_has_grown_and_a_little_more_is_no_event() -> None:
     values = (2.0, 2.5, 3.0, 3.5, 20.0)  # ln(value / 1.2) doubles at 3.33 and at 10.2
     found, heard = told(*(diagnosis(step, finding("NH-CLUSTER", value=v)) for step, v in enumerate(values)))
