@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -32,8 +30,12 @@ from pathlib import Path
 import numpy as np
 from playwright.sync_api import BrowserContext, Page, sync_playwright
 
+if __package__:
+    from benchmarks.query import LAYERS, service
+else:  # run as a script
+    from query import LAYERS, service
+
 ROOT = Path(__file__).parents[1]
-LAYERS = 54
 TARGETS = {1_000_000: 1000.0, 10_000_000: 2000.0}
 """First plot of the run page by rows, milliseconds."""
 
@@ -103,16 +105,8 @@ def serving(folder: str, rows: int) -> Iterator[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     code = f"from benchmarks.query import build; build({store!r}, {-(-rows // LAYERS)})"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
-    command = [sys.executable, "-m", "dashboard", "--port", "0", "--store", store]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            found = re.search(r"http://\S+", process.stdout.readline())
-            assert found is not None, "the service did not start"
-            yield found[0]
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
+    with service(store, "dashboard") as url:
+        yield url
 
 
 def wait_until(page: Page, expression: str, seconds: float = 120) -> None:

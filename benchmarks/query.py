@@ -322,9 +322,9 @@ def refresh(address: str, repeats: int) -> None:
 
 
 @contextmanager
-def service(store: str) -> Iterator[str]:
-    """A service over the store, in a process of its own."""
-    command = [sys.executable, "-m", "service", "--port", "0", "--store", store]
+def service(store: str, module: str = "service", port: int = 0) -> Iterator[str]:
+    """A service over the store, in a process of its own; `dashboard` as the module has the pages, too."""
+    command = [sys.executable, "-m", module, "--port", str(port), "--store", store]
     with subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -333,7 +333,7 @@ def service(store: str) -> Iterator[str]:
             yield found[0]
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            process.wait(60)
 
 
 def _environment() -> dict[str, str]:

@@ -78,6 +78,16 @@ def plot(page: Page, figure: str, expression: str) -> Any:
     return page.evaluate(f"(() => {{ const gd = document.querySelector('#{figure} .plot'); return {expression}; }})()")
 
 
+def barriers(page: Page, rules: str) -> list[tuple[str, list[Any]]]:
+    """What axe-core, which the page has loaded, finds serious by these rules of its: the rule and the first places."""
+    found = page.evaluate(f"axe.run(document, {{runOnly: {rules}}})")
+    return [
+        (violation["id"], [node["target"] for node in violation["nodes"]][:4])
+        for violation in found["violations"]
+        if violation["impact"] in ("serious", "critical")
+    ]
+
+
 def write_more(client: httpx.Client, run_id: str, first: int, last: int, seq: int) -> None:
     steps = range(first, last + 1)
     rows = {

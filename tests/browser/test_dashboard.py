@@ -19,6 +19,7 @@ from chromium import (
     NEEDS_CHROMIUM,
     PATIENCE_MS,
     Window,
+    barriers,
     drawn,
     eventually,
     plot,
@@ -530,10 +531,4 @@ def test_axe_finds_nothing_serious_on_any_page_in_either_theme(
         page.evaluate(AXE.read_text())
         for theme, rules in (("light", "['wcag2a', 'wcag2aa', 'best-practice']"), ("dark", "['color-contrast']")):
             page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
-            found = page.evaluate(f"axe.run(document, {{runOnly: {rules}}})")
-            serious = [
-                (path, theme, violation["id"], [node["target"] for node in violation["nodes"]][:4])
-                for violation in found["violations"]
-                if violation["impact"] in ("serious", "critical")
-            ]
-            assert not serious, serious
+            assert not (found := barriers(page, rules)), (path, theme, found)

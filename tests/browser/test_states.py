@@ -6,13 +6,8 @@ refused, the test says which.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -23,6 +18,7 @@ from chromium import (
     LIMITS,
     NEEDS_CHROMIUM,
     Window,
+    barriers,
     drawn,
     eventually,
     plot,
@@ -33,6 +29,7 @@ from fastapi import FastAPI
 from playwright.sync_api import Page, expect
 from pydantic import SecretStr
 
+from benchmarks.query import service
 from brn_core import wire
 from service.answers import records
 
@@ -137,25 +134,11 @@ def test_a_run_that_fell_silent_says_so_above_what_it_left(
     expect(page.locator("#head .note")).to_have_count(0)
 
 
-@contextmanager
-def a_service(folder: Path, port: int = 0) -> Iterator[str]:
-    """`brn-serve` over a store of its own, in a process that can go down."""
-    command = [sys.executable, "-m", "dashboard", "--port", str(port), "--store", f"chdb://{folder}/store"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
-        try:
-            assert process.stdout is not None
-            found = re.search(r"http://\S+", process.stdout.readline())
-            assert found is not None, "the service did not start"
-            yield found[0]
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
-
-
 def test_a_service_that_goes_down_and_comes_back_is_told_and_caught_up_with(
     run_id: str, open_window: Open, tmp_path: Path
 ) -> None:
-    with a_service(tmp_path) as url:
+    store = f"chdb://{tmp_path}/store"
+    with service(store, "dashboard") as url:
         with httpx.Client(base_url=url, timeout=30) as own:
             made.write_run(own, run_id, layers=3, steps=10, **LIMITS)
         window = open_window(f"{url}/runs/{run_id}?layer=1")
@@ -165,7 +148,7 @@ def test_a_service_that_goes_down_and_comes_back_is_told_and_caught_up_with(
     expect(page.locator("#live")).to_be_hidden()
     expect(page.locator(".steps")).to_contain_text("10")
     assert plot(page, "schedule", "gd._fullData.length") > 0
-    with a_service(tmp_path, int(url.rpartition(":")[2])) as again, wheel_of_time(page):
+    with service(store, "dashboard", int(url.rpartition(":")[2])) as again, wheel_of_time(page):
         assert again == url
         with httpx.Client(base_url=url, timeout=30) as own:
             write_more(own, run_id, 11, 20, seq=2)
@@ -245,13 +228,7 @@ def accessible(page: Page) -> None:
     page.evaluate(AXE.read_text())
     for theme, rules in (("light", "['wcag2a', 'wcag2aa', 'best-practice']"), ("dark", "['color-contrast']")):
         page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
-        found = page.evaluate(f"axe.run(document, {{runOnly: {rules}}})")
-        serious = [
-            (page.url, theme, violation["id"], [node["target"] for node in violation["nodes"]][:4])
-            for violation in found["violations"]
-            if violation["impact"] in ("serious", "critical")
-        ]
-        assert not serious, serious
+        assert not (found := barriers(page, rules)), (page.url, theme, found)
 
 
 # --------------------------------------------------------------------------------------------- the answer, and evidence
