@@ -41,6 +41,7 @@ from service.access import require_token
 from service.answers.comparison import Axis
 from service.answers.records import RunOrder
 from service.diagnosis.finding import SEVERITIES, Severity
+from service.diagnosis.health import SLOW_RATIO
 from service.errors import Invalid, NotFound
 from service.memo import Memo
 from service.schemas import Ranks, Run, RunState
@@ -52,8 +53,6 @@ STATES: Final[tuple[RunState, ...]] = ("running", "stalled", "crashed", "finishe
 WORST_CHANNELS: Final = 12
 COMPARE_SECONDS: Final = 1.0
 """A comparison waits no longer for diagnoses that nobody asked for yet: they come with its next refresh."""
-SLOW: Final = 1.5
-"""A rank is called slow when its steps take so many times those of the rank in the middle."""
 
 
 # ---------------------------------------------------------------------------------------------------------- all runs
@@ -258,7 +257,7 @@ def rank_rows(found: Ranks) -> list[dict[str, Any]]:
             words.append(("missing", "critical"))
         elif (rank.behind_steps or 0) > 100:
             words.append(("behind", "warning"))
-        if middle and rank.step_time_seconds and len(times) > 1 and rank.step_time_seconds > SLOW * middle:
+        if middle and rank.step_time_seconds and len(times) > 1 and rank.step_time_seconds > SLOW_RATIO * middle:
             words.append(("slow", "warning"))
         if found.outlier is not None and found.outlier.rank == rank.rank:
             words.append(("apart", "warning"))
