@@ -13,6 +13,11 @@ ROOT = Path(__file__).parents[2]
 
 _PRELUDE = """
 import os, signal, sys, threading, time
+
+# As in a terminal: tests that run in the background, or under nohup, hand down that some signals are ignored.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    signal.signal(number, handler)
+
 from brn_core.termination import on_termination
 
 def close(seconds):
