@@ -60,10 +60,12 @@ def test_a_signal_nobody_handles_closes_and_then_ends_the_process_as_it_would_ha
 def test_a_main_thread_stuck_in_a_call_does_not_keep_the_process():
     script = """
         import ctypes
-        undo = on_termination(close); say("ready")
+        undo = on_termination(close)
         libc = ctypes.CDLL(None)
         lock = ctypes.create_string_buffer(128)
-        libc.pthread_mutex_lock(lock); libc.pthread_mutex_lock(lock)
+        libc.pthread_mutex_lock(lock)
+        threading.Timer(1.0, say, ["ready"]).start()  # when this thread is in the call for long
+        libc.pthread_mutex_lock(lock)
     """
     assert _run(script, signal.SIGTERM) == (128 + signal.SIGTERM, ["closed in brn-signals"])
 
