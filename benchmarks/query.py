@@ -43,6 +43,7 @@ import numpy as np
 from brn_core import wire
 from brn_core.wire import METRICS, Layer, RunCreate, Schedule
 from service import windows
+from service.__main__ import give_freed_memory_back
 from service.settings import Settings
 from service.store import Batch, Store
 
@@ -284,6 +285,7 @@ def build_live(address: str, steps: int) -> None:
 
 def refresh(address: str, repeats: int) -> None:
     """Prints the cells of a line of the table: milliseconds, and how often a table of rows was asked."""
+    give_freed_memory_back()
     store = Store(Settings(store=address))
     run = store.record("bench")
     assert run is not None
@@ -291,10 +293,10 @@ def refresh(address: str, repeats: int) -> None:
     rules: list[float] = []
     asked: list[str] = []
 
-    def judged(window: Any) -> Any:
+    def judged(window: Any, known: Any) -> Any:
         began = time.thread_time()
         try:
-            return diagnose(window)
+            return diagnose(window, known)
         finally:
             rules.append(time.thread_time() - began)
 

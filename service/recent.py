@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 
 from service.batches import Batch
+from service.diagnosis.stream import Known
 from service.diagnosis.window import Bools, Floats, Ints, NonFinite, Opening
 
 KEPT_BYTES: Final = 256 * 2**20
@@ -118,6 +119,7 @@ class Recent:
         scalars: by name.
         nonfinite: the first non-finite row.
         first_sigma_L: of the run's first steps.
+        known: what the last diagnosis computed.
         opening: what is stored of the opening of the limits, as it was when the run had reached `opening_step`.
         size_bytes: of all these arrays, as it was when that was measured last.
     """
@@ -131,6 +133,7 @@ class Recent:
         self.scalars: dict[str, Newest] = {}
         self.nonfinite: NonFinite | None = None
         self.first_sigma_L: Floats = np.full(layers, np.nan)
+        self.known = Known()
         self.opening: Opening | None = None
         self.opening_step: int | None = None
         self.size_bytes = 0

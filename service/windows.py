@@ -78,7 +78,7 @@ def diagnosis(store: Store, run_id: str) -> Diagnosis:
 
     def compute() -> Diagnosis:
         with recent.lock:
-            found = diagnose(_window(store, state, recent))
+            found = diagnose(_window(store, state, recent), recent.known)
         if found.verdict != state.stored.verdict:
             store.put_verdict(run_id, found.verdict)
         return found

@@ -80,8 +80,7 @@ def lag(window: Window, explained: bool) -> Outcome:
     energy_L = energy_JL[-1]
     # Step by step the noise follows d² where sigma is small, so its own series makes the sharper interval.
     own_TKL = rows.columns["d_squared"] - np.where(short_JL[-1] > 0, noise_TKL, parts["fast"]) * 2 / (2 - alpha_L)
-    low_L = _mean_and_low(own_TKL[-2 * LOOK_ROWS :])[1]
-    worst = [at for at in worst_first(energy_L, held.layers_L) if low_L[at] > 0]
+    worst = [at for at in worst_first(energy_L, held.layers_L) if _low(own_TKL[-2 * LOOK_ROWS :, :, at]) > 0]
     if not worst:
         return Outcome()
     i = worst[0]
@@ -262,11 +261,14 @@ def opened_early(window: Window) -> Outcome:
             "limits opened"
         )
         return Outcome(abstained=(Abstention("NH-SCHED-FAST", reason),))
-    lag_L, sure_L = _mean_and_low(energy_TKL)
-    late_L = (lag_L > LAG_CALM) & (sure_L > LAG_CALM / 2)
+    seen_TKL = np.isfinite(energy_TKL)
+    lag_L = np.where(seen_TKL, energy_TKL, 0.0).sum((0, 1)) / np.maximum(seen_TKL.sum((0, 1)), 1)
+    late_L = lag_L > LAG_CALM
+    for at in np.flatnonzero(late_L):
+        late_L[at] = _low(energy_TKL[:, :, at]) > LAG_CALM / 2
     if not late_L.any() or not after_T.any():
         return Outcome()
-    i = int(np.nanargmax(np.where(late_L, lag_L, np.nan)))
+    i = int(np.argmax(np.where(late_L, lag_L, -math.inf)))
     gap_TKL = opening.rows.columns["gap"]
     gap_rise = _gap_rise(gap_TKL[before_T], gap_TKL[after_T], late_L)
     rise = loss_rise(opening.loss, opening.step)
@@ -286,7 +288,7 @@ def opened_early(window: Window) -> Outcome:
         evidence=Evidence(
             statistic="lag energy before the limits opened, d² beyond the variance between batches",
             value=float(lag_L[i]),
-            low=float(sure_L[i]),
+            low=_low(energy_TKL[:, :, i]),
             threshold=LAG_CALM,
             steps_used=known,
             query=query(
@@ -304,14 +306,10 @@ def opened_early(window: Window) -> Outcome:
     return Outcome((finding,))
 
 
-def _mean_and_low(values_TKL: Floats) -> tuple[Floats, Floats]:
-    """Mean of each layer and the lower end of its interval; NaN where too little is known."""
-    n_layers = values_TKL.shape[2]
-    bounds = [interval(values_TKL[:, :, i]) if len(values_TKL) >= MIN_STEPS else None for i in range(n_layers)]
-    seen_L = np.isfinite(values_TKL).sum((0, 1))
-    mean_L = np.where(np.isfinite(values_TKL), values_TKL, 0.0).sum((0, 1)) / np.maximum(seen_L, 1)
-    low_L = np.array([b[0] if b else math.nan for b in bounds])
-    return np.where(seen_L > 0, mean_L, np.nan), low_L
+def _low(values_TK: Floats) -> float:
+    """Lower end of the interval of a layer's mean; NaN where too little is known."""
+    bounds = interval(values_TK)
+    return math.nan if bounds is None else bounds[0]
 
 
 def _gap_rise(before_TKL: Floats, after_TKL: Floats, late_L: Bools) -> float | None:

@@ -213,7 +213,7 @@ def _missing_finding(
     )
 
 
-def buffers(window: Window, rank_effect: float | None) -> Outcome:
+def buffers(window: Window, shared: str | None, rank_effect: float | None) -> Outcome:
     """NH-BUFFERS: do moving statistics know what all ranks saw, or one?
 
     The moving mean's own step, mu' = mu + alpha (mu_B - mu), is linear, so its mean over channels tells whose mu_B was
@@ -221,15 +221,15 @@ def buffers(window: Window, rank_effect: float | None) -> Outcome:
 
     Args:
         window: the run.
+        shared: what `shared_by` says.
         rank_effect: R of the probe, where known: with skewed ranks it matters whose statistics are kept.
     """
-    kind = shared_by(window)
-    if kind is None or kind == "all":
+    if shared is None or shared == "all":
         return Outcome()
     skewed = rank_effect is not None and rank_effect >= SKEW_WARNING
     said = (
         "Every rank keeps moving statistics of its own, and a checkpoint holds those of one rank"
-        if kind == "own"
+        if shared == "own"
         else "All ranks use the moving statistics of rank 0, copied to them before each step"
     )
     first = window.layers[0]

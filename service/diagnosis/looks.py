@@ -47,24 +47,24 @@ class Lasting:
     steps: tuple[int, int]
 
 
-def looks(rows: LayerRows, columns: Mapping[str, Floats], usable_TKL: Bools | None = None) -> Looks:
-    """Means of columns (T, K, L) over the 50 rows before each look, of rows where all of them are finite."""
-    seen_TKL = np.logical_and.reduce([np.isfinite(c) for c in columns.values()])
-    if usable_TKL is not None:
-        seen_TKL &= usable_TKL
+def looks(rows: LayerRows, columns: Mapping[str, Floats], usable_TKL: Bools) -> Looks:
+    """Means of columns (T, K, L) over the 50 rows before each look, of usable rows where all of them are finite."""
     at = np.array([row + 1 for row in look_rows(rows.steps_T) if row + 1 >= LOOK_ROWS], np.int64)
 
     def window_sums(values_TL: Floats) -> Floats:
         total_TL = np.vstack([np.zeros((1, values_TL.shape[1])), np.cumsum(values_TL, axis=0)])
         return np.asarray(total_TL[at] - total_TL[at - LOOK_ROWS])
 
-    n_JL = window_sums(seen_TKL.sum(1).astype(np.float64))
-    enough_JL = window_sums(seen_TKL.any(1).astype(np.float64)) >= MIN_STEPS
-    n_JL = np.where(enough_JL, n_JL, math.nan)
-    return Looks(
-        rows.steps_T[at - 1],
-        {name: window_sums(np.where(seen_TKL, c, 0.0).sum(1)) / n_JL for name, c in columns.items()},
-    )
+    with np.errstate(invalid="ignore"):  # infinities of either sign
+        total = {name: column.sum(1) for name, column in columns.items()}
+    n_JL: Floats | float = float(LOOK_ROWS * next(iter(columns.values())).shape[1])
+    # Nearly always all of them are finite, and then their sums over ranks are.
+    if not all(np.isfinite(total_TL).all() for total_TL in total.values()) or not np.all(usable_TKL):
+        seen_TKL = usable_TKL & np.logical_and.reduce([np.isfinite(column) for column in columns.values()])
+        enough_JL = window_sums(seen_TKL.any(1).astype(np.float64)) >= MIN_STEPS
+        n_JL = np.where(enough_JL, window_sums(seen_TKL.sum(1).astype(np.float64)), math.nan)
+        total = {name: np.where(seen_TKL, column, 0.0).sum(1) for name, column in columns.items()}
+    return Looks(rows.steps_T[at - 1], {name: window_sums(total_TL) / n_JL for name, total_TL in total.items()})
 
 
 def lasting(steps_J: Ints, fired_JL: Bools) -> Lasting | None:
@@ -152,8 +152,10 @@ def together(window: Window) -> Floats:
     n_ranks = gap_TKL.shape[1]
     if n_ranks < 2:
         return np.ones(len(window.layers))
+    sync_L = np.array([layer.kind == "SyncBatchNorm" for layer in window.layers], np.bool_)
+    if np.isfinite(gap_TKL[-1:]).all() and (gap_TKL[-1:] != gap_TKL[-1:, :1]).any(1).all():  # one row may say it all
+        return np.where(sync_L, float(n_ranks), 1.0)
     seen_TL = np.isfinite(gap_TKL).all(1)
     equal_TL = (gap_TKL == gap_TKL[:, :1]).all(1)
     shared_L = (seen_TL & equal_TL).any(0) & ~(seen_TL & ~equal_TL).any(0)
-    shared_L |= np.array([layer.kind == "SyncBatchNorm" for layer in window.layers], np.bool_)
-    return np.where(shared_L, float(n_ranks), 1.0)
+    return np.where(shared_L | sync_L, float(n_ranks), 1.0)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
 from service.diagnosis.estimate import MIN_STEPS, Ratio, Watch, ratio_of_means
 from service.diagnosis.finding import Evidence, Finding, Remedy
 from service.diagnosis.outcome import Outcome, query
-from service.diagnosis.stream import Stream, full_ranks, inverse
+from service.diagnosis.stream import Stream, full_ranks, inverse, of_a_window
 from service.diagnosis.window import Window
 
 _ORDER_Z = 2.576  # permutation z for p = .005, one-sided
@@ -48,6 +47,7 @@ class Neumann:
     steps: int
 
 
+@of_a_window
 def neumann_ratio(stream: Stream, begin: int, end: int, below: float = math.inf) -> Neumann | None:
     """O over rows begin..end-1, all full ranks together; None with too few rows or features that do not move.
 
@@ -83,6 +83,7 @@ def neumann_ratio(stream: Stream, begin: int, end: int, below: float = math.inf)
     return Neumann(value, -z, n)
 
 
+@of_a_window
 def neighbour_ratio(stream: Stream, begin: int, end: int) -> Ratio | None:
     """A over rows begin..end-1: variance between neighbours in a batch over the batch's variance.
 
@@ -127,13 +128,10 @@ def _looks(stream: Stream, watches: tuple[Watch, ...], fires: Callable[[int, int
 
 def order(window: Window, stream: Stream) -> Outcome:
     """NH-ORDER: does the order in which batches come carry information?"""
-
-    @cache  # two watches look at the same windows
-    def ratio_of(begin: int, end: int) -> Neumann | None:
-        return neumann_ratio(stream, begin, end, max(watch.threshold for watch in ORDER_WATCHES))
+    below = max(watch.threshold for watch in ORDER_WATCHES)
 
     def fires(begin: int, end: int, watch: Watch) -> bool:
-        ratio = ratio_of(begin, end)
+        ratio = neumann_ratio(stream, begin, end, below)
         return ratio is not None and ratio.value < watch.threshold and ratio.z <= -watch.z
 
     seen = _looks(stream, ORDER_WATCHES, fires)

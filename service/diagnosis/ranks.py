@@ -12,7 +12,7 @@ import numpy as np
 from service.diagnosis.estimate import LOOK_ROWS, MIN_STEPS, Watch, ratio_of_means
 from service.diagnosis.finding import Evidence, Finding, Remedy
 from service.diagnosis.outcome import Outcome, names, query
-from service.diagnosis.stream import Stream, full_ranks, inverse
+from service.diagnosis.stream import Stream, full_ranks, inverse, of_a_window
 from service.diagnosis.window import Floats, Ints, Window
 
 BLOCK_ROWS = 5
@@ -45,6 +45,7 @@ class RankEffect:
         return self.value / max(self.standard_error, 1e-12)
 
 
+@of_a_window
 def rank_effect(stream: Stream, begin: int, end: int, *, scale: bool = False) -> RankEffect | None:
     """R over rows begin..end-1: mean over features of cov_k(block b, block b + 1) / (s²_y / N), blocks of 5 steps (2 in
     windows below 100 rows, for as many pairs).
@@ -87,7 +88,8 @@ def _complete(stream: Stream, begin: int, end: int) -> tuple[Ints, tuple[Floats,
     good_WK = stream.good_TK[begin:end]
     full_K = full_ranks(good_WK)
     ranks = np.flatnonzero(full_K)
-    parts = (stream.mean_TKF[begin:end], stream.noise.each_TKF[begin:end], stream.var_TKF[begin:end])
+    noise_WKF = stream.noise.each_TKF[begin:end]
+    parts = (stream.mean_TKF[begin:end], noise_WKF, noise_WKF * stream.samples_TK[begin:end, :, None])
     if not good_WK.all():
         rows = np.flatnonzero(good_WK[:, full_K].all(1))
         mean_WKF, noise_WKF, var_WKF = (part[rows][:, ranks] for part in parts)
@@ -95,6 +97,7 @@ def _complete(stream: Stream, begin: int, end: int) -> tuple[Ints, tuple[Floats,
     return ranks, parts
 
 
+@of_a_window
 def copies(stream: Stream, begin: int, end: int) -> tuple[Floats, Ints] | None:
     """Half the squared difference of each pair of ranks' means over its expectation for independent batches.
 

@@ -26,10 +26,14 @@ CODES = (*CAUSES, CONSEQUENCE, *NOTES, "NH-WITHHELD", "NO_DATA", "WARMUP", "HEAL
 """Every code `diagnose` can give."""
 
 
-def diagnose(window: Window) -> Diagnosis:
+def diagnose(window: Window, known: stream.Known | None = None) -> Diagnosis:
     """Findings, most severe first, and the verdict over them.
 
     Pure: the same rows give the same answer, whatever the order or time they arrived in.
+
+    Args:
+        window: the rows.
+        known: what the last diagnosis of the run computed, which saves computing it again and changes no answer.
     """
     if window.last_step is None:
         empty = Finding(
@@ -45,7 +49,7 @@ def diagnose(window: Window) -> Diagnosis:
         )
         return Diagnosis(run=window.run, step=None, verdict=_as_verdict(empty), findings=(empty,))
 
-    outcomes = _outcomes(window)
+    outcomes = _outcomes(window, known)
     found = sorted(
         _by_consequence([finding for outcome in outcomes for finding in outcome.findings], outcomes),
         key=lambda finding: (-SEVERITIES.index(finding.severity), CODES.index(finding.code)),
@@ -60,11 +64,12 @@ def diagnose(window: Window) -> Diagnosis:
     return Diagnosis(run=window.run, step=window.last_step, verdict=_as_verdict(findings[0]), findings=findings)
 
 
-def _outcomes(window: Window) -> tuple[Outcome, ...]:
-    data = stream.stream(window.probe, window.world_size)
+def _outcomes(window: Window, known: stream.Known | None) -> tuple[Outcome, ...]:
+    data = stream.stream(window.probe, window.world_size, known)
     shadow = harm.shadow(window)
     loss_gap = shadow.loss_gap if isinstance(shadow, harm.Shadow) and shadow.harmful else None
-    skewed, rank_effect = ranks.skew(window, data, kept_of_one=health.shared_by(window) in ("own", "rank 0"))
+    shared = health.shared_by(window)
+    skewed, rank_effect = ranks.skew(window, data, kept_of_one=shared in ("own", "rank 0"))
     ordered = order.order(window, data)
     return (
         nonfinite.nonfinite(window, data),
@@ -85,7 +90,7 @@ def _outcomes(window: Window) -> tuple[Outcome, ...]:
         drift.opened_late(window),
         health.dead(window),
         health.missing(window),
-        health.buffers(window, rank_effect),
+        health.buffers(window, shared, rank_effect),
         health.uneven(window),
         layers.clip(window),
     )

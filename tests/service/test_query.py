@@ -384,10 +384,10 @@ def test_a_diagnosis_is_computed_once_for_what_is_stored(
     calls: Counter[tuple[int | None, str]] = Counter()  # the background diagnoses too, at cursors of its own
     diagnose = windows.diagnose
 
-    def counting(window: Any) -> Any:
+    def counting(window: Any, known: Any) -> Any:
         if window.run == run_id:
             calls[window.last_step, window.status] += 1
-        return diagnose(window)
+        return diagnose(window, known)
 
     monkeypatch.setattr(windows, "diagnose", counting)
     send(client, run_id, {"layers": layer_rows([6], 1)}, seq=2)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -17,10 +17,12 @@ from service.diagnosis import rules
 from service.diagnosis.estimate import Watch
 from service.diagnosis.finding import Diagnosis
 from service.diagnosis.rules import CODES, diagnose
+from service.diagnosis.stream import Known
 from service.diagnosis.window import NonFinite, Window
 
 MakeWindow = Callable[..., Window]
 Streams = Any  # conftest.Streams
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[3]
 SECTIONS = ("Question", "Formula", "Threshold and why", "Evidence", "Remedy", "What would refute it")
@@ -163,6 +165,58 @@ def test_the_same_rows_give_the_same_answer_and_are_not_changed(streams: Streams
 
     assert diagnose(window) == diagnose(window)
     assert np.array_equal(window.probe.mean_TKF, before)
+
+
+class Counted(Known):
+    """Counts the windows that are computed."""
+
+    computed = 0
+
+    def get(self, key: Hashable, compute: Callable[[], T]) -> T:
+        def counted() -> T:
+            self.computed += 1
+            return compute()
+
+        return super().get(key, counted)
+
+
+def rows_of(window: Window, begin: int, end: int) -> Window:
+    """The window as it was when rows begin..end-1 of the probe were the newest."""
+    fields = ("steps_T", "samples_TK", "mean_TKF", "var_TKF", "adjacency_TKF")
+    probe = replace(window.probe, **{name: getattr(window.probe, name)[begin:end] for name in fields})
+    return replace(window, probe=probe, last_step=int(probe.steps_T[-1]))
+
+
+@pytest.mark.parametrize(("kind", "more"), [("few_labels", {"labels": 3}), ("iid", {}), ("skewed_ranks", {})])
+def test_a_refresh_computes_what_is_new_and_says_what_a_first_look_says(
+    streams: Streams, make_window: MakeWindow, kind: str, more: dict[str, int]
+) -> None:
+    window = make_window(probe=getattr(streams, kind)(1, steps=1200, ranks=3, n=8, **more))
+    known = Counted()
+    diagnose(rows_of(window, 0, 1000), known)
+    first = known.computed
+
+    for end in range(1020, 1200, 20):
+        assert diagnose(rows_of(window, end - 1000, end), known) == diagnose(rows_of(window, end - 1000, end))
+    assert first > 100
+    assert known.computed - first < first / 2, "in nine refreshes"
+
+
+@pytest.mark.parametrize("name", ["samples_TK", "mean_TKF", "var_TKF", "adjacency_TKF"])
+def test_a_refresh_sees_rows_that_came_anew(streams: Streams, make_window: MakeWindow, name: str) -> None:
+    window = make_window(probe=streams.few_labels(1, labels=3, ranks=2, n=8))
+    known = Counted()
+    diagnose(window, known)
+    once = known.computed
+    diagnose(window, known)
+    assert known.computed == once, "nothing came"
+
+    values = getattr(window.probe, name).copy()
+    values[300, 1] *= 1.5
+    changed = replace(window, probe=replace(window.probe, **{name: values}))
+
+    assert diagnose(changed, known) == diagnose(changed)
+    assert known.computed > once
 
 
 def test_the_order_of_ranks_changes_no_number(streams: Streams, make_window: MakeWindow) -> None:
