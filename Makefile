@@ -24,9 +24,9 @@ demo: .venv/.installed  ## train twice, watch it live in the browser (ONCE=1 end
 test: lint  ## lint, types, import contracts and tests; CPU only, no Docker
 	@$(BIN)/python -m pytest -m "not containers" --numprocesses 2 --dist loadfile $(ARGS)
 
-test-integrations: .venv/.installed  ## install Lightning and transformers into .venv, run their callbacks inside them
+test-integrations: .venv/.installed  ## install Lightning, transformers and Triton into .venv, run what needs them
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[integrations]'
-	@BRN_TEST_INTEGRATIONS=1 $(BIN)/python -m pytest tests/brn_core/test_integrations.py $(ARGS)
+	@BRN_TEST_INTEGRATIONS=1 $(BIN)/python -m pytest tests/brn_core/test_integrations.py tests/brn_core/test_fused.py $(ARGS)
 
 nightly: .venv/.installed  ## kill the service a hundred times while ranks send, and count rows (some minutes)
 	@BRN_TEST_KILLS=100 $(BIN)/python -m pytest tests/service/test_durability.py $(ARGS)

@@ -12,6 +12,7 @@ C channels, G microbatches).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from brn_core import fused
 from brn_core.distributed import merge_moments, sum_over_ranks
 from brn_core.moments import (
     Moments,
@@ -134,6 +136,33 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """A `Correct` of a layer that asks for nothing out of the ordinary: on CUDA its work may be one kernel.
+
+    Attributes:
+        mu, sigma: (C,) float32, changed in place.
+        limits: r_min, r_max, d_max, 0-dim.
+        count_: 0-dim, batches so far.
+        alpha: weight of a new batch.
+        observe: is told the moments and sigma_B before mu and sigma move.
+    """
+
+    mu: Tensor
+    sigma: Tensor
+    limits: tuple[Tensor, Tensor, Tensor]
+    count_: Tensor
+    alpha: float
+    observe: Callable[[Moments, Tensor], None] | None
+
+    def __call__(self, moments: Moments, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
+        if self.observe is not None:
+            self.observe(moments, sigma_B)
+        r_and_d = correct_(moments, sigma_B, self.mu, self.sigma, self.limits, self.alpha)
+        self.count_.add_(1)
+        return r_and_d
+
+
 _Measured: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int | Tensor]
 """All that normalizing a batch depends on, beside the batch: mean, var, sigma = sqrt(var + eps), r, d, each (C,), and
 the number of elements per channel that they are of."""
@@ -167,32 +196,44 @@ class _Normalize(torch.autograd.Function):
         # Not in setup_context: with one, torch inspects this signature at every call, at the cost of all the rest.
         # Measuring in here rather than before saves switching gradients off and on, a tenth of a small layer's cost.
         correct, mask, eps, ranks, per_sample = how
-        measured = _measure(x, correct, mask, eps, ranks, per_sample) if callable(correct) else correct
-        mean, var, sigma, r, d, elements = measured
-        scale, shift, dtype = r, d, mean.dtype
-        if weight is not None:
-            gamma = weight if weight.dtype == dtype else weight.to(dtype)
-            scale = gamma * r
-            shift = gamma * d if bias is None else torch.addcmul(as_dtype(bias, dtype), gamma, d)
-        elif bias is not None:
-            shift = d + as_dtype(bias, dtype)
+        vectors = None
+        if isinstance(correct, Moving):
+            moments = batch_moments(x, per_sample=per_sample)
+            mean, var, elements, _, _ = moments
+            if correct.observe is not None:
+                correct.observe(moments, (var + eps).sqrt_())
+            vectors = fused.correct_(
+                mean, var, correct.mu, correct.sigma, correct.limits, correct.count_, weight, bias, correct.alpha, eps
+            )
+        if vectors is not None:
+            inverse, r, d, scale, shift = vectors
+        else:
+            measured = _measure(x, correct, mask, eps, ranks, per_sample) if callable(correct) else correct
+            mean, var, sigma, r, d, elements = measured
+            inverse, scale, shift, dtype = sigma.reciprocal(), r, d, mean.dtype
+            if weight is not None:
+                gamma = weight if weight.dtype == dtype else weight.to(dtype)
+                scale = gamma * r
+                shift = gamma * d if bias is None else torch.addcmul(as_dtype(bias, dtype), gamma, d)
+            elif bias is not None:
+                shift = d + as_dtype(bias, dtype)
         # torch's kernels where they can do it; the compiler makes better code of the plain formula.
         kernels = mask is None and x.numel() > 0 and (x.is_cpu or x.is_cuda) and not torch.compiler.is_compiling()
-        ctx.save_for_backward(x, weight, mean, sigma, r, d, scale, mask)
+        ctx.save_for_backward(x, weight, mean, inverse, r, d, scale, mask)
         ctx.how = eps, ranks, elements, kernels
         if not kernels:
-            y = (x - per_channel(mean, x)) * per_channel(scale / sigma, x) + per_channel(shift, x)
+            y = (x - per_channel(mean, x)) * per_channel(scale * inverse, x) + per_channel(shift, x)
             y = y.to(x.dtype)
             return y if mask is None else torch.where(mask, y, torch.zeros((), dtype=y.dtype, device=y.device))
         if x.is_cuda:  # one kernel, any memory format; eval-mode native_batch_norm takes three here
-            y = torch.batch_norm_elemt(x, scale, shift, mean, sigma.reciprocal(), eps)
+            y = torch.batch_norm_elemt(x, scale, shift, mean, inverse, eps)
         else:
             y = torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps)[0]
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, sigma, r, d, scale, mask = ctx.saved_tensors
+        x, weight, mean, inverse, r, d, scale, mask = ctx.saved_tensors
         eps, ranks, elements, kernels = ctx.how
         if weight is not None and torch.is_grad_enabled():  # create_graph
             scale = as_dtype(weight, r.dtype) * r
@@ -205,15 +246,19 @@ class _Normalize(torch.autograd.Function):
         if kernels:
             synced = ranks is not None
             dx, dz, db = _NORMALIZE_BACKWARD(
-                grad, x, scale, None, None, mean, sigma.reciprocal(), True, eps,
+                grad, x, scale, None, None, mean, inverse, True, eps,
                 [need_x, need_weight or synced, need_weight or need_bias or synced],
             )  # fmt: skip
             if ranks is not None:
-                dx = _of_all_ranks(dx, dz, db, x, scale, mean, sigma, elements, ranks)
+                dx = _of_all_ranks(dx, dz, db, x, scale, mean, inverse, elements, ranks)
         else:
-            dx, dz, db = _backward(grad, x, scale, mean, sigma, mask, eps, elements, ranks)
-        # xhat = z r + d, so sum(dy xhat) = r sum(dy z) + d sum(dy)
-        dweight = torch.addcmul(r * dz, d, db) if need_weight else None
+            dx, dz, db = _backward(grad, x, scale, mean, inverse, mask, eps, elements, ranks)
+        dweight = None
+        if need_weight:  # xhat = z r + d, so sum(dy xhat) = r sum(dy z) + d sum(dy)
+            if kernels and fused.fits(x) and not torch.is_grad_enabled():
+                dweight = fused.weight_gradient(dz, db, r, d)
+            if dweight is None:
+                dweight = torch.addcmul(r * dz, d, db)
         return dx, dweight, db if need_bias else None, None
 
 
@@ -228,7 +273,7 @@ def _of_all_ranks(
     x: Tensor,
     scale: Tensor,
     mean: Tensor,
-    sigma: Tensor,
+    inverse: Tensor,
     elements: int | Tensor,
     ranks: _Ranks,
 ) -> Tensor | None:
@@ -240,8 +285,9 @@ def _of_all_ranks(
     if dx is None:
         return None
     n, m = x.numel() // x.shape[1], elements
-    slope = (dz / n - dz_all / m) * scale / sigma.square()
-    offset = (db / n - db_all / m) * scale / sigma - slope * mean
+    by_x = scale * inverse
+    slope = (dz / n - dz_all / m) * by_x * inverse
+    offset = (db / n - db_all / m) * by_x - slope * mean
     return torch.addcmul(dx, x, per_channel(slope, x)).add_(per_channel(offset, x)).to(x.dtype)
 
 
@@ -250,7 +296,7 @@ def _backward(
     x: Tensor,
     scale: Tensor,
     mean: Tensor,
-    sigma: Tensor,
+    inverse: Tensor,
     mask: Tensor | None,
     eps: float,
     elements: int | Tensor,
@@ -260,7 +306,8 @@ def _backward(
     dims, dtype = reduced_dims(x), mean.dtype
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: a second derivative follows
         mean, sigma = _differentiable_moments(x.to(dtype), mask, eps)
-    z = (x - per_channel(mean, x)) / per_channel(sigma, x)
+        inverse = sigma.reciprocal()
+    z = (x - per_channel(mean, x)) * per_channel(inverse, x)
     dy = grad.to(dtype)
     if mask is not None:
         zero = torch.zeros((), dtype=dtype, device=x.device)
@@ -268,7 +315,7 @@ def _backward(
     dz, db = (dy * z).sum(dims), dy.sum(dims)
     dz_all, db_all = (dz, db) if ranks is None else sum_over_ranks((dz, db), ranks.group)
     m = elements.clamp(min=1) if isinstance(elements, Tensor) else elements
-    dx = (dy - per_channel(db_all / m, x) - z * per_channel(dz_all / m, x)) * per_channel(scale / sigma, x)
+    dx = (dy - per_channel(db_all / m, x) - z * per_channel(dz_all / m, x)) * per_channel(scale * inverse, x)
     if mask is not None:
         dx = torch.where(mask, dx, zero)
     return dx.to(x.dtype), dz, db

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from brn_core import fused
 from brn_core.functional import (
+    Moving,
     Observation,
     Stat,
     correct_,
@@ -233,12 +235,13 @@ class BatchRenorm(nn.Module):
         if mask is not None:
             require_mask(mask, x)
         size = self.virtual_batch_size
+        moving = self._moving() if mask is None and fused.fits(x) else None
         y = renormalize(
             x,
             self.weight,
             self.bias,
             # asked here: inside the autograd function gradients are always off
-            self._correct_and_keep if _may_run_again() else self._correct,
+            self._correct_and_keep if _may_run_again() else moving or self._correct,
             self.eps,
             mask=mask,
             microbatches=1 if size is None else max(1, x.shape[0] // size),
@@ -257,6 +260,20 @@ class BatchRenorm(nn.Module):
         if mask is not None:
             mask = mask.movedim(self.axis, 1)
         return x.movedim(self.axis, 1), mask
+
+    def _moving(self) -> Moving | None:
+        """`_correct` for the fused kernels, where this layer asks for nothing that they lack."""
+        if self.sync == "moments" or self.stat == "var" or self.debias or self.virtual_batch_size:
+            return None
+        buffers = cast("dict[str, Tensor]", self._buffers)
+        if self._corrections or any(buffers[name].dtype != torch.float32 for name in (*_STATISTICS, *_LIMITS)):
+            return None
+        alpha = self._alpha()
+        assert isinstance(alpha, float)  # without debias
+        mu, sigma = (buffers[name] for name in _STATISTICS)
+        r_min, r_max, d_max = (buffers[name] for name in _LIMITS)
+        observe = self._keep_observation if self.observe else None
+        return Moving(mu, sigma, (r_min, r_max, d_max), buffers["num_batches_tracked"], alpha, observe)
 
     def _correct(self, moments: Moments, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
         """The correction of this batch; then mu and sigma move, unless an activation checkpoint runs again."""

@@ -112,12 +112,12 @@ def test_observing_reads_the_activation_once_more_or_not_at_all(shape, channels_
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_small_operators_around_the_kernels_stay_few(channels_last):
     forward, backward = _counted(BatchRenorm2d(16), _input(channels_last))
-    assert len(forward.names) <= 15
-    assert len(backward.names) <= 4
+    assert len(forward.names) <= 16
+    assert len(backward.names) <= 3
     forward, _ = _counted(BatchRenorm2d(16), _input(channels_last=False, shape=LARGE))
-    assert len(forward.names) <= 21
+    assert len(forward.names) <= 22
     forward, _ = _counted(BatchRenorm2d(16), _input(channels_last, torch.bfloat16))
-    assert len(forward.names) <= 16  # the buffer that has the kernel answer in float32
+    assert len(forward.names) <= 17  # the buffer that has the kernel answer in float32
 
 
 def test_observing_costs_two_small_operators_where_the_samples_moments_are_there_anyway():

@@ -73,3 +73,33 @@ def test_statistics_move_with_the_module_between_devices():
     assert there.running_std.is_cuda
     assert there.running_std.dtype == torch.float32
     assert torch.equal(there.running_std.cpu(), layer.running_std)
+
+
+def test_a_training_step_is_six_launches():
+    pytest.importorskip("triton")
+    layer = BatchRenorm(64, r_max=3.0, d_max=5.0, device="cuda")
+    x = torch.randn(8, 64, 16, 16, device="cuda").to(memory_format=torch.channels_last).requires_grad_()
+    dy = torch.randn_like(x)
+    layer(x).backward(dy)  # compiles
+    x.grad = layer.weight.grad = layer.bias.grad = None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        layer(x).backward(dy)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) <= 6, kernels
+
+
+def test_the_fused_kernels_do_what_the_operators_do(monkeypatch):
+    pytest.importorskip("triton")
+    layer = BatchRenorm(300, momentum=0.1, r_max=1.2, d_max=0.3, device="cuda")
+    plain = copy.deepcopy(layer)
+    monkeypatch.setattr(plain, "_moving", lambda: None)
+    for _ in range(3):
+        x = torch.randn(6, 300, 4, 4, device="cuda") * 2 + 1
+        own, their = x.clone().requires_grad_(), x.clone().requires_grad_()
+        for each, given in ((layer, own), (plain, their)):
+            each(given).square().sum().backward()
+        torch.testing.assert_close(own.grad, their.grad)
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name])
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
