@@ -23,7 +23,8 @@ KEPT_BYTES: Final = 256 * 2**20
 about, and read from the store when they are."""
 
 WAITING_ROWS: Final = 400_000
-"""Rows of a run that may wait for a diagnosis; where more do, it reads the store instead."""
+"""Rows of all runs together that may wait for a diagnosis; of more, those of the run with most are let go of, and its
+diagnosis reads the store instead."""
 
 
 class Newest:
@@ -122,6 +123,7 @@ class Recent:
         known: what the last diagnosis computed.
         opening: what is stored of the opening of the limits, as it was when the run had reached `opening_step`.
         size_bytes: of all these arrays, as it was when that was measured last.
+        waiting_rows: of the batches that nobody asked for yet.
     """
 
     def __init__(self, key: Hashable, ranks: int, layers: int) -> None:
@@ -139,7 +141,8 @@ class Recent:
         self.size_bytes = 0
         self._guard = threading.Lock()  # of what follows
         self._waiting: list[Batch] = []
-        self._waiting_rows = 0
+        self._lost = False
+        self.waiting_rows = 0
 
     def measure(self) -> None:
         tables = (*(self.tables or {}).values(), *self.scalars.values())
@@ -148,19 +151,22 @@ class Recent:
     def offer(self, batch: Batch, version: int) -> None:
         """Keeps a batch until it is asked for."""
         with self._guard:
-            self._waiting.append(batch)
-            self._waiting_rows += batch.rows
-            if self._waiting_rows > WAITING_ROWS:
-                self._waiting.clear()
             self.version = version
+            if not self._lost:
+                self._waiting.append(batch)
+                self.waiting_rows += batch.rows
+
+    def lose(self) -> None:
+        """Lets go of the batches that wait, and of those to come until it is asked for them."""
+        with self._guard:
+            self._waiting, self._lost, self.waiting_rows = [], True, 0
 
     def arrived(self) -> list[Batch] | None:
         """Batches that came since this was asked last, by rising seq; None where there were too many to keep."""
         with self._guard:
-            batches = sorted(self._waiting, key=lambda batch: batch.seq)
-            lost = self._waiting_rows > WAITING_ROWS
-            self._waiting, self._waiting_rows = [], 0
-        return None if lost else batches
+            batches = None if self._lost else sorted(self._waiting, key=lambda batch: batch.seq)
+            self._waiting, self._lost, self.waiting_rows = [], False, 0
+        return batches
 
 
 class RecentRuns:
@@ -197,6 +203,8 @@ class RecentRuns:
                 if (own := self._runs.get(batch.run.record.id)) is not None:
                     self._version += 1
                     own.offer(batch, self._version)
+            while sum(own.waiting_rows for own in self._runs.values()) > WAITING_ROWS:
+                max(self._runs.values(), key=lambda own: own.waiting_rows).lose()
 
     def forget(self, run_id: str) -> None:
         """Lets go of a run."""

@@ -173,9 +173,15 @@ def test_what_waits_too_long_for_a_diagnosis_is_read_from_the_store(
     parts = parts_of_a_run(0)
     put(store, live, parts[:10])
     windows.diagnosis(store, live)
+    put(store, f"{live}-after", parts[:10])
+    windows.diagnosis(store, f"{live}-after")
     monkeypatch.setattr(recent, "WAITING_ROWS", 100)
+    put(store, f"{live}-after", parts[10:11])
     put(store, live, parts[10:])
 
+    other, own = (store.recent._runs[name].waiting_rows for name in (f"{live}-after", live))
+    assert own == 0
+    assert 0 < other <= 100, "of the run with most"
     assert said(windows.diagnosis(store, live)) == said(diagnose(windows.window(store, live)))
 
 
