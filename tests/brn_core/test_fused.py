@@ -140,3 +140,27 @@ def test_training_goes_on_where_the_kernels_do_not_compile(monkeypatch, caplog):
     assert [record.message for record in caplog.records] == [
         "Batch Renorm goes on in single operators, as Triton cannot compile its kernels here: Failed to find C compiler"
     ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_kernels_compile_for_a_device_with_exact_division_and_root():
+    if not os.environ.get("BRN_TEST_INTEGRATIONS"):
+        pytest.importorskip("triton", exc_type=ImportError)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from brn_core import fused_kernels
+
+    def code(kernel, **constants):
+        kinds = {"C": "i32", "count_ptr": "*i64", "alpha": "fp32", "eps": "fp32"} | dict.fromkeys(
+            constants, "constexpr"
+        )
+        signature = {name: kinds.get(name, "*fp32") for name in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        return triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
+
+    correct = code(fused_kernels.correct, BLOCK=256, HAS_WEIGHT=True, HAS_BIAS=True)
+    assert "div.rn.f32" in correct
+    assert "sqrt.rn.f32" in correct
+    assert "approx" not in correct + code(fused_kernels.weight_gradient, BLOCK=256)
