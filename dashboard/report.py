@@ -24,7 +24,7 @@ from dashboard.figures.palette import PALETTES
 from dashboard.login import plotly_source
 from dashboard.templating import STATIC, templates
 from dashboard.views import DEFAULT_STATISTIC, findings_context, run_view
-from service import answers, windows
+from service import answers, history, windows
 from service.answers.comparison import Axis
 from service.checkup import answer_of_service
 from service.errors import CannotStart, ServiceError, StoreInUse
@@ -65,7 +65,7 @@ def run_report(store: Store, run_id: str) -> str:
         "report": True,
         "figures": figures,
     }
-    return _page("report_run.html", context | findings_context(diagnosis, run))
+    return _page("report_run.html", context | findings_context(diagnosis, run, history.of_run(store, run_id).findings))
 
 
 @dataclass(frozen=True, slots=True)

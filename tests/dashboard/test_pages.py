@@ -109,7 +109,9 @@ class TestRunPage:
         record = made.run_record(run_id, name=bad, config={bad: bad}, tags=("<i>tag</i>",))
         layer = record.layers[0].model_copy(update={"name": bad})
         made.create(client, record.model_copy(update={"layers": (layer,)}))
-        for address in ("/", f"/runs/{run_id}", f"/runs/{run_id}/fragment"):
+        said = {"mark": "muted", "note": bad}
+        client.put(f"/v1/runs/{run_id}/findings/NH-LAG/mark", json=said).raise_for_status()
+        for address in ("/", f"/runs/{run_id}", f"/runs/{run_id}/fragment", f"/runs/{run_id}/report"):
             page = client.get(address).text
             assert "<script>alert" not in page
             assert "<img src=x" not in page
