@@ -397,10 +397,11 @@ class TestReport:
         assert not re.findall(r'(?:src|href)="', head)
         figures = re.findall(r'<script type="application/json">(.*?)</script>', answer.text, re.DOTALL)
         assert len(figures) == 5
-        for figure in map(json.loads, figures):  # for either theme
+        for figure in map(json.loads, figures):  # for either theme and width
             for theme, palette in PALETTES.items():
-                assert palette.text in json.dumps(figure[theme]["layout"])
-            assert PALETTES["light"].text not in json.dumps(figure["dark"])
+                for width in ("", " narrow"):
+                    assert palette.text in json.dumps(figure[theme + width]["layout"])
+            assert PALETTES["light"].text not in json.dumps([figure["dark"], figure["dark narrow"]])
 
     def test_says_what_people_made_of_findings(self, client: httpx.Client, run_id: str) -> None:
         made.create(client, made.run_record(run_id, config={"sampler": "few-labels"})).raise_for_status()
