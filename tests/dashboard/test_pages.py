@@ -127,6 +127,20 @@ class TestRunPage:
             assert answer.status_code == 404
             assert answer.headers["content-type"] == "application/problem+json"
 
+    def test_what_a_run_does_not_have_leads_back_to_the_run(self, client: httpx.Client, run_id: str) -> None:
+        made.create(client, made.run_record(run_id, name="<b>mine</b>", layers=2))
+        for path, link in (
+            (f"/runs/{run_id}/layers/7", f'<a class="primary" href="/runs/{run_id}">To the run</a>'),
+            (f"/runs/{run_id}/figures/nonsense", f'<a class="primary" href="/runs/{run_id}">To the run</a>'),
+            ("/runs/nobody/layers/0", '<a class="primary" href="/">All runs</a>'),
+            ("/runs/nobody", '<a class="primary" href="/">All runs</a>'),
+        ):
+            page = client.get(path, headers=BROWSER)
+            assert page.status_code == 404
+            assert link in page.text, path
+            assert ("&lt;b&gt;mine&lt;/b&gt;</a>" in page.text) == (run_id in path)
+            assert 'href="/">All runs</a>' in page.text
+
     def test_an_unknown_page_is_a_page(self, client: httpx.Client) -> None:
         page = client.get("/nowhere", headers=BROWSER)
         assert page.status_code == 404
