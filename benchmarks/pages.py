@@ -7,6 +7,10 @@ each page is opened several times in a tab of its own. Times are the browser's o
 the navigation: first paint, the mark `first-plot` that the page sets once a figure is drawn, and the last figure in
 sight.
 
+The list of runs has no figure, and a table of its own: when its rows are painted; how long after a search is put in
+the rows are those that fit; and whether it stays smooth, the longest frame and the longest task of the page's script
+while it is scrolled from top to bottom and everything it shows is changed, over REST, so that updates replace its rows.
+
     python benchmarks/pages.py                  # 1 M and 10 M rows
     python benchmarks/pages.py --rows 1000000   # a minute
     python benchmarks/pages.py --save           # also to benchmarks/results/pages-DATE.md
@@ -15,31 +19,34 @@ sight.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import httpx
 import numpy as np
 from playwright.sync_api import BrowserContext, Page, sync_playwright
 
 if __package__:
-    from benchmarks.query import LAYERS, service
+    from benchmarks.query import LAYERS, RUNS, service
 else:  # run as a script
-    from query import LAYERS, service
+    from query import LAYERS, RUNS, service
 
 ROOT = Path(__file__).parents[1]
 TARGETS = {1_000_000: 1000.0, 10_000_000: 2000.0}
 """First plot of the run page by rows, milliseconds."""
 
-PAGES = {"runs": "/", "run": "/runs/bench", "layer": "/runs/bench/layers/20", "ranks": "/runs/bench/ranks"}
+PAGES = {"run": "/runs/bench", "layer": "/runs/bench/layers/20", "ranks": "/runs/bench/ranks"}
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
 TIMES = """() => {
@@ -49,6 +56,44 @@ TIMES = """() => {
 IN_SIGHT_READY = """() => performance.getEntriesByName("first-plot").length > 0 &&
     [...document.querySelectorAll("[data-figure]:not([hidden])")].every((panel) =>
         panel.getBoundingClientRect().top > innerHeight || panel.dataset.state === "ready")"""
+
+PAGE_RUNS = 50
+SEARCH = "run 77"
+SCROLL_MS = 8000
+"""The list is brought up to date every two seconds: some four times meanwhile."""
+
+ROWS_PAINTED = f"""requestAnimationFrame(function look() {{
+    if (document.querySelectorAll("#runs-body tr").length < {PAGE_RUNS}) return void requestAnimationFrame(look);
+    requestAnimationFrame(() => performance.mark("rows-painted")); // the frame after the one that painted them
+}})"""
+LISTED = """() => ["first-contentful-paint", "rows-painted"].map(
+    (name) => performance.getEntriesByName(name)[0]?.startTime)"""
+WATCH_SEARCH = f"""() => {{
+    const body = document.querySelector("#runs-body");
+    let typed = 0;
+    document.querySelector("#filters").addEventListener("input", () => {{ typed = performance.now(); }}, true);
+    new MutationObserver((_, observer) => {{
+        if (![...body.children].every((row) => row.dataset.name.includes("{SEARCH}"))) return;
+        observer.disconnect();
+        const tell = () => performance.measure("searched", {{ start: typed, end: performance.now() }});
+        requestAnimationFrame(() => requestAnimationFrame(tell));
+    }}).observe(body, {{ childList: true }});
+}}"""
+SCROLLED = f"""async () => {{
+    let replaced = 0, task = 0, frame = 0;
+    new MutationObserver((all) => {{ for (const each of all) replaced += each.addedNodes.length; }})
+        .observe(document.querySelector("#runs-body"), {{ childList: true }});
+    new PerformanceObserver((list) => {{ for (const own of list.getEntries()) task = Math.max(task, own.duration); }})
+        .observe({{ type: "longtask" }});
+    const began = await new Promise(requestAnimationFrame);
+    for (let last = began; last - began < {SCROLL_MS};) {{
+        const now = await new Promise(requestAnimationFrame);
+        frame = Math.max(frame, now - last);
+        last = now;
+        scrollTo(0, (document.body.scrollHeight - innerHeight) * (now - began) / {SCROLL_MS});
+    }}
+    return [frame, task, replaced];
+}}"""
 
 
 def main() -> int:
@@ -61,7 +106,7 @@ def main() -> int:
     if chromium is None:
         print("no chromium on the PATH: install it (Debian: apt-get install chromium)", file=sys.stderr)
         return 1
-    lines, version = [], "?"
+    lines, lists, version = [], [], "?"
     with sync_playwright() as playwright:
         for rows in given.rows:
             with tempfile.TemporaryDirectory(prefix="brn-pages-") as folder, serving(folder, rows) as url:
@@ -75,11 +120,12 @@ def main() -> int:
                 lines.append(measured(context, rows, "run, first visit", PAGES["run"], 1))
                 measured(context, rows, "run", PAGES["run"], 2)
                 lines += [measured(context, rows, name, path, given.repeats) for name, path in PAGES.items()]
+                lists.append(list_measured(context, url, rows, given.repeats))
                 version = context.browser.version if context.browser is not None else "?"
                 context.close()
     report = "\n".join(
         [
-            "# First plot of the dashboard's pages",
+            "# How long pages of the dashboard take",
             "",
             f"`python benchmarks/pages.py --rows {' '.join(map(str, given.rows))} --repeats {given.repeats}`, "
             f"{datetime.now(UTC):%Y-%m-%d}; {os.cpu_count()} cores, Python {platform.python_version()}, "
@@ -88,6 +134,16 @@ def main() -> int:
             "| rows | page | first paint | first plot | all plots in sight | target | |",
             "|---|---|---|---|---|---|---|",
             *lines,
+            "",
+            f"## The list of {RUNS:,} runs, of which a page holds {PAGE_RUNS}",
+            "",
+            "Medians, too, from the start of the navigation or from the input of the search; of frames and tasks the "
+            f"longest of all {given.repeats} times that the page was scrolled for {SCROLL_MS / 1000:.0f} s. "
+            "A browser calls a task long from 50 ms on.",
+            "",
+            "| rows | first paint | rows painted | search | longest frame | longest task | rows replaced meanwhile |",
+            "|---|---|---|---|---|---|---|",
+            *lists,
         ]
     )
     print(report)
@@ -125,9 +181,8 @@ def measured(context: BrowserContext, rows: int, name: str, path: str, repeats: 
         page = context.new_page()
         began = time.perf_counter()
         page.goto(path)
-        if name != "runs":
-            wait_until(page, IN_SIGHT_READY)
-            ready.append(1000 * (time.perf_counter() - began))
+        wait_until(page, IN_SIGHT_READY)
+        ready.append(1000 * (time.perf_counter() - began))
         first_paint, first_plot = page.evaluate(TIMES)
         paint.append(first_paint or np.nan)
         plot.append(first_plot or np.nan)
@@ -139,6 +194,60 @@ def measured(context: BrowserContext, rows: int, name: str, path: str, repeats: 
         for values in (paint, plot, ready)
     ]
     return f"| {rows:,} | {name} | {' | '.join(shown)} | {'' if target is None else f'{target:,.0f}'} | {met} |"
+
+
+def list_measured(context: BrowserContext, url: str, rows: int, repeats: int) -> str:
+    """A line of the table of the list of runs."""
+    times, frames = [], []
+    for _ in range(repeats):
+        page = context.new_page()
+        page.add_init_script(ROWS_PAINTED)
+        page.goto("/")
+        wait_until(page, f"({LISTED})().every((time) => time !== undefined)")
+        first, rows_there = page.evaluate(LISTED)
+        page.evaluate(WATCH_SEARCH)
+        page.locator("[type=search]").focus()
+        page.keyboard.insert_text(SEARCH)
+        wait_until(page, "performance.getEntriesByName('searched').length > 0")
+        # A paint is told when it is on the screen, a frame when it begins: rows are painted by the later of the two.
+        times.append(
+            [first, max(first, rows_there), page.evaluate("performance.getEntriesByName('searched')[0].duration")]
+        )
+        page.locator("[type=search]").fill("")
+        wait_until(page, f"document.querySelectorAll('#runs-body tr').length === {PAGE_RUNS}")
+        with changing(url, page.locator("#runs-body tr").evaluate_all("(all) => all.map((row) => row.dataset.part)")):
+            frames.append(page.evaluate(SCROLLED))
+        page.close()
+    task = max(task for _, task, _ in frames)
+    shown = [
+        *(f"{middle:,.0f}" for middle in np.median(times, axis=0)),
+        f"{max(frame for frame, _, _ in frames):,.0f}",
+        f"{task:,.0f}" if task else "none long",
+        f"{np.median([replaced for _, _, replaced in frames]):,.0f}",
+    ]
+    return f"| {rows:,} | {' | '.join(shown)} |"
+
+
+@contextmanager
+def changing(url: str, runs: list[str]) -> Iterator[None]:
+    """Gives each of these runs another tag, again and again, about once between two updates of the list."""
+    stop = threading.Event()
+
+    def change() -> None:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            for tag in itertools.count():
+                for run in runs:
+                    if stop.wait(2 / len(runs)):
+                        return
+                    client.patch(f"/v1/runs/{run}", json={"tags": ["sweep", f"round {tag}"]}).raise_for_status()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 if __name__ == "__main__":

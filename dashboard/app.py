@@ -14,11 +14,14 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ExceptionHandler
 
 from dashboard import figure_routes, login, pages
+from dashboard.drawings import store_of
 from dashboard.glance import Glances
 from dashboard.templating import STATIC, message, static_version
+from service import answers
 from service import app as service_app
-from service.errors import ServiceError, Unauthorized
+from service.errors import NotFound, ServiceError, Unauthorized
 from service.memo import Memo
+from service.schemas import Run
 from service.settings import Settings
 
 
@@ -61,7 +64,7 @@ def _as_page(answer: ExceptionHandler) -> ExceptionHandler:
             here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
             return RedirectResponse(f"/login?to={quote(here)}", status_code=303)
         if isinstance(error, ServiceError):
-            return message(request, error.status, error.title, error.detail)
+            return message(request, error.status, error.title, error.detail, _run_of(request, error))
         if isinstance(error, HTTPException) and error.status_code == 404:
             return message(request, 404, "Not found", f"There is no page at {request.url.path}.")
         if isinstance(error, HTTPException | RequestValidationError):
@@ -71,3 +74,14 @@ def _as_page(answer: ExceptionHandler) -> ExceptionHandler:
         return message(request, 500, "The service failed on this page", "Its log says why. Try again later.")
 
     return handler
+
+
+def _run_of(request: Request, error: ServiceError) -> Run | None:
+    """The run below whose address something was not found, if that exists."""
+    run_id = request.path_params.get("run_id")
+    if not isinstance(error, NotFound) or run_id is None:
+        return None
+    try:
+        return answers.run(store_of(request), run_id)
+    except ServiceError:
+        return None

@@ -36,7 +36,7 @@ from dashboard.views import (
     run_view,
     statistic_groups,
 )
-from service import answers, windows
+from service import answers, history, windows
 from service.access import require_token
 from service.answers.comparison import Axis
 from service.answers.records import RunOrder
@@ -294,10 +294,11 @@ def _head_context(request: Request, run_id: str) -> dict[str, Any]:
 def _run_context(request: Request, run_id: str) -> dict[str, Any]:
     context = _head_context(request, run_id)
     run: Run = context["run"]
-    diagnosis = windows.diagnosis(store_of(request), run_id)
+    store = store_of(request)
+    diagnosis = windows.diagnosis(store, run_id)
     return (
         context
-        | findings_context(diagnosis, run)
+        | findings_context(diagnosis, run, history.of_run(store, run_id).findings)
         | {
             "heights": {
                 "schedule": schedules.HEIGHT,

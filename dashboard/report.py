@@ -24,7 +24,7 @@ from dashboard.figures.palette import PALETTES
 from dashboard.login import plotly_source
 from dashboard.templating import STATIC, templates
 from dashboard.views import DEFAULT_STATISTIC, findings_context, run_view
-from service import answers, windows
+from service import answers, history, windows
 from service.answers.comparison import Axis
 from service.checkup import answer_of_service
 from service.errors import CannotStart, ServiceError, StoreInUse
@@ -53,7 +53,7 @@ def run_report(store: Store, run_id: str) -> str:
             "name": name,
             "title": title,
             "question": question,
-            "json": _in_both_themes(partial(draw, store, run_id), Look()),
+            "json": _for_every_reader(partial(draw, store, run_id), Look()),
         }
         for name, title, question, draw in RUN_FIGURES
         if name != "ranks" or run.world_size > 1
@@ -65,7 +65,7 @@ def run_report(store: Store, run_id: str) -> str:
         "report": True,
         "figures": figures,
     }
-    return _page("report_run.html", context | findings_context(diagnosis, run))
+    return _page("report_run.html", context | findings_context(diagnosis, run, history.of_run(store, run_id).findings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def comparison_report(store: Store, run_ids: Sequence[str], shown: Shown) -> str
         "name": "compare",
         "title": "Over each other",
         "question": "Which of these runs goes better, and does its normalization differ?",
-        "json": _in_both_themes(
+        "json": _for_every_reader(
             lambda look: drawings.compared(store, found, records, look, by=shown.by, scalar=scalar, group=shown.group),
             Look(stat=shown.stat),
         ),
@@ -119,9 +119,11 @@ def _page(template: str, context: dict[str, Any]) -> str:
     return templates.get_template(template).render(context | own)
 
 
-def _in_both_themes(draw: Callable[[Look], go.Figure], look: Look) -> Markup:
-    """A figure for light and for dark, as JSON that cannot end the script element it stands in."""
-    figures = (f'"{theme}":{draw(replace(look, theme=theme)).to_json()}' for theme in PALETTES)
+def _for_every_reader(draw: Callable[[Look], go.Figure], look: Look) -> Markup:
+    """A figure in light and dark, for a wide and a narrow screen, as JSON that cannot end the script it stands in."""
+    looks: dict[str, Look] = {theme: replace(look, theme=theme) for theme in PALETTES}
+    looks |= {f"{theme} narrow": replace(own, compact=True, columns=1) for theme, own in looks.items()}
+    figures = (f'"{name}":{draw(own).to_json()}' for name, own in looks.items())
     return Markup(f"{{{','.join(figures)}}}".translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&"}))
 
 

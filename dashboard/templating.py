@@ -13,6 +13,8 @@ from fastapi.templating import Jinja2Templates
 from plotly.offline import get_plotlyjs_version
 
 from brn_core import __version__
+from dashboard.views import run_view
+from service.schemas import Run
 
 HERE: Final = Path(__file__).parent
 STATIC: Final = HERE / "static"
@@ -73,8 +75,7 @@ def render(request: Request, name: str, context: dict[str, Any], status: int = 2
     return templates.TemplateResponse(request, name, context, status_code=status, headers=_HEADERS)
 
 
-def message(request: Request, status: int, title: str, text: str) -> Response:
-    """A page that says why there is no other."""
-    return render(
-        request, "message.html", {"title": title, "text": f"{text[:1].upper()}{text[1:].rstrip('.')}."}, status
-    )
+def message(request: Request, status: int, title: str, text: str, run: Run | None = None) -> Response:
+    """A page that says why there is no other, and leads to the run it would have been about."""
+    said = {"title": title, "text": f"{text[:1].upper()}{text[1:].rstrip('.')}."}
+    return render(request, "message.html", said | {"view": run_view(run, run.layers) if run else None}, status)

@@ -9,6 +9,7 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from brn_core.wire import METRIC, METRICS, Layer, Metric
 from service.diagnosis.finding import SEVERITIES, Diagnosis, Finding
+from service.history import CODES, FindingHistory
 from service.schemas import Run
 
 DEFAULT_STATISTIC: Final = "gap"
@@ -143,6 +144,10 @@ GOOD_ANSWERS: Final = {"HEALTHY": "Healthy", "WARMUP": "Too early to say", "NO_D
 """The same by the verdict's code, where nothing is wrong."""
 
 
+SHOWN_EVENTS: Final = 10
+"""Newest events of a finding that a page tells; REST has more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """A finding as a page shows it.
@@ -152,17 +157,35 @@ class Shown:
         key: its name on the page (`finding_keys`): an update puts it in the place of the one of that name.
         href: query of the run page on which every plot shows it; empty: none.
         says_more: whether it says something that the verdict above it does not.
+        history: of its code; None for a code that has none, as it says what is unknown.
     """
 
     finding: Finding
     key: str
     href: str
     says_more: bool
+    history: FindingHistory | None
 
 
-def findings_context(diagnosis: Diagnosis, run: Run) -> dict[str, Any]:
-    """What a page says of a run's findings: the verdict's own first, then the worst."""
+def span_of(history: FindingHistory) -> str:
+    """When a finding that is over was there, in words; the last time, where there were several."""
+    if not history.events:
+        return "not seen so far"
+    appeared = [event for event in history.events if event.what == "appeared"]
+    first = appeared[-1].step if history.since is None and appeared else history.since or 0
+    again = "the last time " if len(appeared) > 1 else ""
+    last = history.events[-1]
+    return f"{again}steps {first:,} to {last.step:,}" if last.what == "ended" else f"from step {first:,}"
+
+
+def findings_context(diagnosis: Diagnosis, run: Run, histories: Sequence[FindingHistory] = ()) -> dict[str, Any]:
+    """What a page says of a run's findings: the verdict's own first, then the worst; and of those it does not have now.
+
+    `histories` are what is known of the run's codes; one that is over, or that was marked before it came, is `earlier`.
+    """
     verdict = diagnosis.verdict
+    known = {own.code: own for own in histories}
+    there = {finding.code for finding in diagnosis.findings}
     keys = dict(zip(map(id, diagnosis.findings), finding_keys(diagnosis.findings), strict=True))
     shown = [
         Shown(
@@ -170,8 +193,18 @@ def findings_context(diagnosis: Diagnosis, run: Run) -> dict[str, Any]:
             keys[id(finding)],
             finding_view(finding, keys[id(finding)], run),
             bool(finding.evidence or finding.remedy) or not verdict.summary.startswith(finding.summary.rstrip(".")),
+            (known.get(finding.code) or FindingHistory(code=finding.code, present=True))
+            if finding.code in CODES
+            else None,
         )
         for finding in sorted(by_severity(diagnosis.findings), key=lambda own: own.code != verdict.code)
     ]
     answer = GOOD_ANSWERS.get(verdict.code) or ANSWERS.get(verdict.severity, "Healthy")
-    return {"diagnosis": diagnosis, "answer": answer, "findings": shown}
+    return {
+        "diagnosis": diagnosis,
+        "answer": answer,
+        "findings": shown,
+        "earlier": [own for own in histories if own.code not in there and (own.events or own.mark != "open")],
+        "span_of": span_of,
+        "shown_events": SHOWN_EVENTS,
+    }

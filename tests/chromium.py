@@ -88,6 +88,15 @@ def barriers(page: Page, rules: str) -> list[tuple[str, list[Any]]]:
     ]
 
 
+def accessible(page: Page) -> None:
+    """Fails on what axe-core finds serious in the page as it is, in light and in dark."""
+    assert AXE is not None
+    page.evaluate(AXE.read_text())
+    for theme, rules in (("light", "['wcag2a', 'wcag2aa', 'best-practice']"), ("dark", "['color-contrast']")):
+        page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+        assert not (found := barriers(page, rules)), (page.url, theme, found)
+
+
 def write_more(client: httpx.Client, run_id: str, first: int, last: int, seq: int) -> None:
     steps = range(first, last + 1)
     rows = {

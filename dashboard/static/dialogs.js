@@ -1,7 +1,7 @@
 // @ts-check
-// Changing and deleting runs, each only after a dialog that says what will happen.
+// Changing and deleting runs and marking findings, each only after a dialog that says what will happen.
 
-import { changeRun, complain, deleteRun, recordOf, Refusal } from "./service.js";
+import { changeRun, complain, deleteRun, markFinding, markOf, recordOf, Refusal } from "./service.js";
 
 /** @typedef {{id: string, name: string}} Chosen */
 /** @typedef {import("./service.js").RunRecord} RunRecord */
@@ -50,6 +50,40 @@ export function offerDialogs(chosen, done) {
     } finally {
       if (deleted.length) done(deleted); // also of a half: the next try is about the rest
     }
+  });
+}
+
+/** Finding cards come and go with updates, so what opens the dialog is known by its code. @param {string} run */
+export function offerMarks(run) {
+  const dialog = document.getElementById("mark-dialog");
+  const form = dialog?.querySelector("form");
+  if (!(dialog instanceof HTMLDialogElement) || !form) return;
+  let code = "";
+  document.addEventListener("click", async (event) => {
+    const button = event.target instanceof Element ? event.target.closest("button[data-mark]") : null;
+    if (!(button instanceof HTMLButtonElement)) return;
+    try {
+      const asked = button.dataset.mark ?? "";
+      const { mark, note } = await markOf(run, asked);
+      if (dialog.open) return; // a second click, while the first one was answered
+      code = asked;
+      fill(dialog, [{ id: code, name: code }], null);
+      /** @type {RadioNodeList} */ (form.elements.namedItem("mark")).value = mark;
+      /** @type {HTMLTextAreaElement} */ (form.elements.namedItem("note")).value = note;
+      dialog.showModal();
+      /** @type {HTMLElement} */ (form.querySelector("input:checked")).focus();
+    } catch (error) {
+      complain(error);
+    }
+  });
+  dialog.addEventListener("close", () => { // an update may have put another button in the place of the one that opened it
+    const own = `[data-mark="${code}"]`;
+    if (!document.activeElement?.matches(own)) /** @type {HTMLElement | null} */ (document.querySelector(own))?.focus();
+  });
+  on("mark-dialog", async () => {
+    const said = new FormData(form);
+    await markFinding(run, code, { mark: String(said.get("mark")), note: String(said.get("note")) });
+    document.dispatchEvent(new Event("markchange"));
   });
 }
 

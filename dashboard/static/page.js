@@ -2,7 +2,7 @@
 // What every page does, and which page this is. Types are checked by tests/dashboard/test_scripts.py.
 
 import { advisorPage } from "./advisor.js";
-import { offerDialogs } from "./dialogs.js";
+import { offerDialogs, offerMarks } from "./dialogs.js";
 import { theme } from "./figures.js";
 import { panelsPage } from "./panels.js";
 import { remember, tellTimes } from "./parts.js";
@@ -43,5 +43,6 @@ if (main.dataset.page === "panels") {
   if (main.dataset.events) {
     const own = { id: main.dataset.run ?? "", name: document.querySelector("h1")?.textContent ?? "" };
     offerDialogs(() => [own], (deleted) => (deleted.length ? location.assign("/") : location.reload()));
+    offerMarks(own.id);
   }
 }

@@ -222,6 +222,8 @@ export function panelsPage() {
     if (document.querySelector("[data-pending]")) refreshText();
   }
 
+  document.addEventListener("markchange", refreshText);
+
   readView();
   // The observer speaks first after a first paint, when plotly.js has run: what is in sight is asked for while it loads.
   for (const figure of figures) figure.inSight = figure.section.getBoundingClientRect().top < innerHeight;

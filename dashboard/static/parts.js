@@ -51,7 +51,6 @@ function syncParts(ours, fresh) {
       changed = true;
       here = document.importNode(part, true);
       sources.set(here, part.outerHTML);
-      if (known instanceof HTMLDetailsElement && here instanceof HTMLDetailsElement) here.open = known.open;
       if (known) replace(known, here);
     }
     if (!here) continue;
@@ -63,14 +62,20 @@ function syncParts(ours, fresh) {
   return changed;
 }
 
-/** Puts a part in the place of an older one; who had the focus in it keeps it. @param {Element} old @param {Element} fresh */
+/** Puts a part in the place of an older one; what was opened in it and who had the focus there stay.
+ * @param {Element} old @param {Element} fresh */
 function replace(old, fresh) {
+  const were = detailsOf(old);
+  for (const [i, details] of detailsOf(fresh).entries()) details.open = were[i]?.open ?? false;
   const focusable = "a, button, input, select, summary, textarea";
   const at = [...old.querySelectorAll(focusable)].indexOf(/** @type {Element} */ (document.activeElement));
   old.replaceWith(fresh);
   const target = at >= 0 ? fresh.querySelectorAll(focusable)[at] : undefined;
   if (target instanceof HTMLElement) target.focus({ preventScroll: true });
 }
+
+/** @param {Element} part @returns {HTMLDetailsElement[]} */
+const detailsOf = (part) => [part, ...part.querySelectorAll("details")].filter((own) => own instanceof HTMLDetailsElement);
 
 export function tellTimes() {
   for (const time of document.querySelectorAll("time")) {

@@ -3,15 +3,18 @@
 {
   const api = /** @type {any} */ (window).Plotly;
   const dark = matchMedia("(prefers-color-scheme: dark)");
+  const narrow = matchMedia("(max-width: 640px)");
+  const touch = matchMedia("(pointer: coarse)");
   for (const panel of document.querySelectorAll("section.panel")) {
     const section = /** @type {HTMLElement} */ (panel);
     const source = section.querySelector("script[type='application/json']");
     const plot = /** @type {HTMLElement | null} */ (section.querySelector(".plot"));
     if (!source || !plot) continue;
-    const themes = JSON.parse(source.textContent ?? "");
-    const figure = () => themes[dark.matches ? "dark" : "light"];
+    const looks = JSON.parse(source.textContent ?? "");
+    const figure = () => looks[`${dark.matches ? "dark" : "light"}${narrow.matches ? " narrow" : ""}`];
     const draw = async () => {
       const { data, layout } = figure();
+      if (touch.matches) layout.dragmode = false; // a finger scrolls the page
       const caption = section.querySelector(".caption");
       if (caption) caption.textContent = layout.meta?.caption ?? "";
       plot.style.minHeight = `${layout.height}px`; // also while a window is sized anew
@@ -22,7 +25,7 @@
       section.dataset.state = "ready";
     };
     void draw();
-    dark.addEventListener("change", () => void draw());
+    for (const media of [dark, narrow]) media.addEventListener("change", () => void draw());
     for (const button of section.querySelectorAll("[data-take]")) {
       const format = /** @type {HTMLElement} */ (button).dataset.take;
       button.addEventListener("click", () => {

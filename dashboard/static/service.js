@@ -41,6 +41,24 @@ export const changeRun = (run, changes) =>
 /** @param {string} run */
 export const deleteRun = (run) => ask(`/v1/runs/${encodeURIComponent(run)}`, { method: "DELETE" });
 
+/** What people made of a finding. @typedef {{mark: string, note: string}} Mark */
+
+/** @param {string} run @param {string} code @returns {Promise<Mark>} */
+export async function markOf(run, code) {
+  const answer = await ask(`/v1/runs/${encodeURIComponent(run)}/findings/history`);
+  /** @type {{findings: (Mark & {code: string})[]}} */
+  const { findings } = await answer.json();
+  return findings.find((own) => own.code === code) ?? { mark: "open", note: "" };
+}
+
+/** @param {string} run @param {string} code @param {Mark} said */
+export const markFinding = (run, code, said) =>
+  ask(`/v1/runs/${encodeURIComponent(run)}/findings/${encodeURIComponent(code)}/mark`, {
+    method: "PUT",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify(said),
+  });
+
 /** Whether the run was deleted: there is nothing to wait for. */
 let gone = false;
 export const isGone = () => gone;

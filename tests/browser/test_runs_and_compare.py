@@ -186,6 +186,22 @@ def test_a_narrow_screen_sorts_too_and_never_scrolls_sideways(
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
 
 
+def test_figures_of_a_report_are_laid_out_for_the_width_of_their_reader(
+    client: httpx.Client, pair: list[str], open_window: Callable[..., Window], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.html"
+    file.write_text(client.get(f"/runs/{pair[1]}/report").raise_for_status().text)
+    page = open_window(file.as_uri(), width=1400, height=900).page
+    long, short = "r: median, 25–75 % and 5–95 % of channels", "r"
+    names = "gd._fullData.map((trace) => trace.name)"
+    for width, name, other in ((1400, long, short), (390, short, long)):
+        page.set_viewport_size({"width": width, "height": 900})
+        eventually(lambda own=name: own in plot(page, "schedule", names), f"the figure for {width} pixels")
+        assert other not in plot(page, "schedule", names)
+        eventually(lambda: plot(page, "schedule", "gd.clientWidth === gd._fullLayout.width"), "drawn at its width")
+        assert page.evaluate("[...document.querySelectorAll('.plot')].every((own) => own.clientWidth <= innerWidth)")
+
+
 @pytest.mark.skipif(AXE is None, reason="axe-core is not there (npm install axe-core)")
 @pytest.mark.parametrize("width", [1400, 390])
 def test_axe_finds_nothing_serious(

@@ -109,7 +109,9 @@ class TestRunPage:
         record = made.run_record(run_id, name=bad, config={bad: bad}, tags=("<i>tag</i>",))
         layer = record.layers[0].model_copy(update={"name": bad})
         made.create(client, record.model_copy(update={"layers": (layer,)}))
-        for address in ("/", f"/runs/{run_id}", f"/runs/{run_id}/fragment"):
+        said = {"mark": "muted", "note": bad}
+        client.put(f"/v1/runs/{run_id}/findings/NH-LAG/mark", json=said).raise_for_status()
+        for address in ("/", f"/runs/{run_id}", f"/runs/{run_id}/fragment", f"/runs/{run_id}/report"):
             page = client.get(address).text
             assert "<script>alert" not in page
             assert "<img src=x" not in page
@@ -124,6 +126,20 @@ class TestRunPage:
             answer = client.get(address)
             assert answer.status_code == 404
             assert answer.headers["content-type"] == "application/problem+json"
+
+    def test_what_a_run_does_not_have_leads_back_to_the_run(self, client: httpx.Client, run_id: str) -> None:
+        made.create(client, made.run_record(run_id, name="<b>mine</b>", layers=2))
+        for path, link in (
+            (f"/runs/{run_id}/layers/7", f'<a class="primary" href="/runs/{run_id}">To the run</a>'),
+            (f"/runs/{run_id}/figures/nonsense", f'<a class="primary" href="/runs/{run_id}">To the run</a>'),
+            ("/runs/nobody/layers/0", '<a class="primary" href="/">All runs</a>'),
+            ("/runs/nobody", '<a class="primary" href="/">All runs</a>'),
+        ):
+            page = client.get(path, headers=BROWSER)
+            assert page.status_code == 404
+            assert link in page.text, path
+            assert ("&lt;b&gt;mine&lt;/b&gt;</a>" in page.text) == (run_id in path)
+            assert 'href="/">All runs</a>' in page.text
 
     def test_an_unknown_page_is_a_page(self, client: httpx.Client) -> None:
         page = client.get("/nowhere", headers=BROWSER)

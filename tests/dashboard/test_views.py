@@ -21,6 +21,7 @@ from dashboard.figures.probe import inputs_of_ranks
 from dashboard.figures.rank_spread import shown_ranks
 from dashboard.pages import rank_rows
 from service.diagnosis.finding import Diagnosis, Finding, Verdict
+from service.history import Event, FindingHistory
 from service.schemas import Probe, RankHealth, Ranks, Run
 from service.settings import Settings
 from service.store import Store
@@ -98,6 +99,83 @@ class TestWhatAPageSaysOfFindings:
     )  # fmt: skip
     def test_the_answer_comes_in_two_words(self, code: str, severity: str, answer: str) -> None:
         assert self.context(finding(code, severity=severity), code=code)["answer"] == answer
+
+
+def past(code: str, *events: tuple[str, int], **more: object) -> FindingHistory:
+    """The history of a code that had these changes at these steps."""
+    at = "2026-01-01T00:00Z"
+    fields = [
+        {"at": at, "step": step, "what": what, "severity": "warning", "value": 2.5, "distance": 0.5}
+        for what, step in events
+    ]
+    return FindingHistory(code=code, events=tuple(map(Event.model_validate, fields)), **({"present": False} | more))  # type: ignore[arg-type]
+
+
+class TestMarksAndHistory:
+    def html(self, *histories: FindingHistory, findings: tuple[Finding, ...] = (), report: bool = False) -> str:
+        worst = findings[0] if findings else finding("HEALTHY", severity="ok")
+        verdict = Verdict(code=worst.code, severity=worst.severity, summary="- and it shows.")
+        diagnosis = Diagnosis(run="r", step=500, verdict=verdict, findings=findings or (worst,))
+        context = views.findings_context(diagnosis, a_run(), histories) | {"run": a_run(), "report": report}
+        return templating.templates.get_template("findings.html").render(view=views.run_view(a_run(), []), **context)
+
+    def text(self, html: str) -> str:
+        return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+
+    @pytest.mark.parametrize("mark", ["acknowledged", "muted"])
+    def test_a_marked_finding_says_so_with_its_note_and_when_on_page_and_in_report(self, mark: str) -> None:
+        said = past("NH-SMALL", ("appeared", 450), mark=mark, note="it fits <no> more", marked_at="2026-01-02T03:04Z")
+        for report_ in (False, True):
+            html = self.html(said, findings=(finding(),), report=report_)
+            assert f"{mark} 2026-01-02 03:04" in self.text(html)
+            assert "it fits &lt;no&gt; more" in html
+            assert "<no>" not in html
+            assert (" quieter" in html) == (mark == "muted")
+            assert html.count("<button") == (0 if report_ else 1)
+
+    def test_every_finding_that_can_be_marked_offers_it_and_no_other_does(self) -> None:
+        html = self.html(findings=(finding(), finding("NH-GAP"), finding("NH-WITHHELD")))
+        assert re.findall(r'data-mark="([^"]+)"', html) == ["NH-SMALL", "NH-GAP"]
+
+    def test_a_finding_tells_its_changes_where_there_is_more_than_that_it_appeared(self) -> None:
+        now = finding()
+        assert "<details" not in self.html(past("NH-SMALL", ("appeared", 450), present=True), findings=(now,))
+        grown = past("NH-SMALL", ("appeared", 1450), ("grew", 1800), present=True)
+        text = self.text(self.html(grown, findings=(now,)))
+        assert "appeared at step 1,450 · warning · value 2.5" in text
+        assert "grew at step 1,800" in text
+
+    def test_of_many_changes_the_newest_ten_are_told(self) -> None:
+        flickering = past("NH-SMALL", *((("appeared", "ended")[i % 2], i) for i in range(41)), present=True)
+        html = self.html(flickering, findings=(finding(),))
+        assert re.findall(r"at step (\d+) ·", html) == [str(step) for step in range(31, 41)]
+        assert "The newest 10 of 41 changes" in html
+
+    @pytest.mark.parametrize(
+        ("history", "said"),
+        [
+            (past("NH-LAG", ("appeared", 1250), ("ended", 3400), since=1200), "Earlier: NH-LAG , steps 1,200 to 3,400"),
+            (
+                past(
+                    "NH-LAG", ("appeared", 10), ("ended", 20), ("appeared", 70), ("ended", 90), since=60, first_step=5
+                ),
+                "Earlier: NH-LAG , the last time steps 60 to 90",
+            ),
+            (past("NH-LAG", ("appeared", 1250), ("ended", 3400)), "Earlier: NH-LAG , steps 1,250 to 3,400"),
+            (past("NH-LAG", ("appeared", 1250), since=1200, present=True), "Earlier: NH-LAG , from step 1,200"),
+            (past("NH-LAG", mark="muted"), "Marked: NH-LAG , not seen so far muted"),
+        ],
+    )
+    def test_what_is_over_or_marked_beforehand_has_a_line_from_which_it_can_be_marked(
+        self, history: FindingHistory, said: str
+    ) -> None:
+        html = self.html(history)
+        assert said in self.text(html)
+        assert 'data-mark="NH-LAG"' in html
+        assert "Earlier" not in self.html(history, findings=(finding("NH-LAG"),))
+
+    def test_nothing_is_said_of_a_code_that_was_opened_again_before_it_came(self) -> None:
+        assert "NH-LAG" not in self.html(past("NH-LAG", mark="open"))
 
 
 def rows_of(page: str) -> list[str]:
@@ -319,10 +397,23 @@ class TestReport:
         assert not re.findall(r'(?:src|href)="', head)
         figures = re.findall(r'<script type="application/json">(.*?)</script>', answer.text, re.DOTALL)
         assert len(figures) == 5
-        for figure in map(json.loads, figures):  # for either theme
+        for figure in map(json.loads, figures):  # for either theme and width
             for theme, palette in PALETTES.items():
-                assert palette.text in json.dumps(figure[theme]["layout"])
-            assert PALETTES["light"].text not in json.dumps(figure["dark"])
+                for width in ("", " narrow"):
+                    assert palette.text in json.dumps(figure[theme + width]["layout"])
+            assert PALETTES["light"].text not in json.dumps([figure["dark"], figure["dark narrow"]])
+
+    def test_says_what_people_made_of_findings(self, client: httpx.Client, run_id: str) -> None:
+        made.create(client, made.run_record(run_id, config={"sampler": "few-labels"})).raise_for_status()
+        made.send(client, run_id, made.clustered_tables()).raise_for_status()
+        for code, mark in (("NH-CLUSTER", "acknowledged"), ("NH-LAG", "muted")):
+            said = {"mark": mark, "note": f"{code} is known"}
+            client.put(f"/v1/runs/{run_id}/findings/{code}/mark", json=said).raise_for_status()
+        page = client.get(f"/runs/{run_id}/report").raise_for_status().text.partition("<script")[0]
+        for code, mark in (("NH-CLUSTER", "acknowledged"), ("NH-LAG", "muted")):
+            assert f'<span class="tag">{mark}</span>' in page
+            assert f"{code} is known" in page
+        assert "data-mark" not in page.partition("</style>")[2]
 
     def test_of_several_runs_is_a_comparison(self, client: httpx.Client, run_id: str) -> None:
         for own in (run_id, f"{run_id}-2"):
