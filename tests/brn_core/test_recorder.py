@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint_sequential
 
 from brn_core import wire
+from brn_core.capture import host_bytes
 from brn_core.layers import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from brn_core.recorder import Recorder, _scalar_segments, watch
 from brn_core.schedule import RenormSchedule
@@ -399,6 +400,21 @@ def test_on_a_gpu_training_never_waits_for_the_device_and_every_step_arrives(rec
     assert recorder.dropped_steps == 0
     assert [row["step"] for row in service.rows("layers") if row["layer"] == 0] == list(range(100))
     assert len([row for row in service.rows("scalars") if row["name"] == "loss"]) == 100
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchRenorm2d])
+def test_the_memory_a_step_holds_is_known_without_looking_at_every_tensor_again(record, monkeypatch, norm):
+    offered = []
+    recorder = record(model := nn.Sequential(norm(3), norm(3)), shadow_every=0)
+    monkeypatch.setattr(recorder._reducer, "offer", offered.append)
+    for _ in range(2):  # gradient accumulation: the last forward is held
+        model(torch.randn(4, 3, 2, 2))
+    with monkeypatch.context() as only:
+        if norm is nn.BatchNorm2d:
+            only.setattr("brn_core.recorder.host_bytes", lambda taken: 1 / 0)
+        recorder.step(1.0)
+    (frame,) = offered
+    assert frame.size_bytes - frame.transfer.size_bytes == host_bytes(frame.taken) == 2 * 2 * 4 * 3 * 4
 
 
 def test_scalars_on_a_device_are_copied_together_and_read_on_the_host_later():
