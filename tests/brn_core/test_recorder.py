@@ -362,8 +362,13 @@ def test_a_step_reads_no_value_on_the_host_and_its_operations_do_not_grow_with_t
 
 @pytest.mark.parametrize(
     ("size", "memory_format", "most"),
-    [(8, torch.contiguous_format, 2), (8, torch.channels_last, 10), (2, torch.contiguous_format, 9)],
-    ids=["contiguous", "channels last", "few positions"],
+    [
+        (9, torch.contiguous_format, 2),
+        (8, torch.channels_last, 5),
+        (8, torch.contiguous_format, 9),
+        (2, torch.contiguous_format, 4),
+    ],
+    ids=["contiguous", "channels last", "few positions", "very few positions"],
 )
 def test_a_watched_batch_norm_layer_has_few_operations_more_in_its_forward(record, size, memory_format, most):
     def operations(layers, watched):
