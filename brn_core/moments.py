@@ -90,7 +90,6 @@ def _batch_from_samples_pays(x: Tensor) -> bool:
     return x.numel() >= 8 * x.shape[0] * x.shape[1] if _has_rows(x) else _samples_have(131_072, x)
 
 
-@torch.no_grad()
 def sample_moments(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Mean and biased variance of every sample over its positions; right for |mean| / sigma up to 1e4.
 
@@ -100,13 +99,13 @@ def sample_moments(x: Tensor) -> tuple[Tensor, Tensor | None]:
     Returns:
         mean_NC and var_NC; var_NC is None for (N, C) input, where it would be zero.
     """
-    return _sample_moments(x)
+    return _sample_moments(x.detach())  # a tenth of what entering and leaving no_grad costs
 
 
 def _sample_moments(x: Tensor) -> tuple[Tensor, Tensor | None]:
     dtype = statistics_dtype(x)
     if x.dim() == 2:
-        return x.detach().to(dtype), None
+        return x.to(dtype), None
     if not torch.compiler.is_compiling() and _has_rows(x):
         N, C = x.shape[:2]
         S = x.numel() // (N * C)

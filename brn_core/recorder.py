@@ -511,14 +511,8 @@ def watch(model: nn.Module, **settings: Any) -> Recorder:
     return Recorder(model, **settings)
 
 
-class _Hook:
+class _Hook(partial[None]):
     """A hook that stays with its module: copies and pickles of the module (averaged models, checkpoints) get none."""
-
-    def __init__(self, call: Callable[..., None]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> None:
-        self._call(*args)
 
     def __reduce__(self) -> tuple[type[_NoHook], tuple[()]]:
         return _NoHook, ()
