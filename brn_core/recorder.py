@@ -196,6 +196,8 @@ class Recorder:
         }
         self._moving: dict[int, Moving] = {}
         self._taken: dict[int, Taken] = {}
+        self._held_bytes = 0  # about how much memory is held by what was taken
+        self._sized = False  # whether that is known, and all of it is on the host
         self._probed: Segment | None = None
         self._shadow: Shadow | None = None
         self._shadow_input: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -265,12 +267,17 @@ class Recorder:
         self._stepped_at = now
         device: dict[str, Tensor] = {}
         for name, value in (scalars if loss is None else {"loss": loss, **scalars}).items():
-            with self._border():  # one that is no number does not take the others with it
+            try:  # one that is no number does not take the others with it
                 _sort_scalar(name, value, host, device)
-        with self._border():
-            self._shadow_scalars(shadow_loss, device)
-        with self._border():
+            except Exception as error:
+                self._went_wrong(error)
+        if self._shadow is not None:
+            with self._border():
+                self._shadow_scalars(self._shadow, shadow_loss, device)
+        try:  # not the border's with-statement, which costs as much as the rest
             self._hand_over(step, host, device)
+        except Exception as error:
+            self._went_wrong(error)
         self._arm()
 
     @property
@@ -373,7 +380,8 @@ class Recorder:
         return before_batch_norm
 
     def _take_moments(self, index: int, module: nn.Module, x: Tensor) -> None:
-        running_mean, running_var = module.running_mean, module.running_var
+        # not as attributes: each is a call of Module.__getattr__
+        running_mean, running_var = module._buffers["running_mean"], module._buffers["running_var"]
         assert isinstance(running_mean, Tensor)
         assert isinstance(running_var, Tensor)
         if x.numel() == 0:  # there is nothing to say of an empty batch
@@ -381,7 +389,12 @@ class Recorder:
         mean_NC, var_NC = sample_moments(x)
         if var_NC is None:
             mean_NC = mean_NC.clone()  # without positions it may be the input itself, which may change
-        moving = None if torch.compiler.is_compiling() else self._moving.pop(index, None)
+        compiling = torch.compiler.is_compiling()
+        if compiling or not mean_NC.is_cpu:
+            self._sized = False
+        elif index not in self._taken:  # now, while the tensor is in the caches: after the step it is dearer
+            self._held_bytes += 2 * mean_NC.nbytes
+        moving = None if compiling else self._moving.pop(index, None)
         if moving is not None and moving.still(running_mean, running_var):
             self._taken[index] = BatchNormMoments(mean_NC, var_NC, moving.mean_C, moving.var_C)
         else:  # compiled, the layer's second time in this forward, or called outside of the model's
@@ -415,21 +428,21 @@ class Recorder:
         self._due = self._step % self._every == 0
         self._shadow_due = self._shadow_every > 0 and self._step > 0 and self._step % self._shadow_every == 0
         self._taken, self._moving = {}, {}
+        self._held_bytes, self._sized = 0, not self._observing
         self._probed = self._shadow = self._shadow_input = None
         for _, layer in self._observing:
             layer["observe"], layer["observed"] = self._due, None
 
-    def _shadow_scalars(self, loss: Callable[[Any], Tensor] | None, device: dict[str, Tensor]) -> None:
-        if self._shadow is None:
-            return
-        if (disagreement := self._shadow.disagreement()) is not None:
+    @staticmethod
+    def _shadow_scalars(shadow: Shadow, loss: Callable[[Any], Tensor] | None, device: dict[str, Tensor]) -> None:
+        if (disagreement := shadow.disagreement()) is not None:
             device[SCALAR_SHADOW_DISAGREEMENT] = disagreement
         if loss is not None:
-            device[SCALAR_SHADOW_TRAIN_LOSS], device[SCALAR_SHADOW_EVAL_LOSS] = self._shadow.losses(loss)
+            device[SCALAR_SHADOW_TRAIN_LOSS], device[SCALAR_SHADOW_EVAL_LOSS] = shadow.losses(loss)
 
     def _hand_over(self, step: int, host: dict[str, float], device: dict[str, Tensor]) -> None:
         taken = self._all_taken()
-        segments = _scalar_segments(device)
+        segments = _scalar_segments(device) if device else []
         if self._probed is not None:
             segments.append(self._probed)
             if not taken and any(layer.training for _, layer in self._watched):
@@ -438,7 +451,8 @@ class Recorder:
                     f"the model ran, but none of its {len(self._watched)} normalization layers was seen to: "
                     "watch a compiled model before its first forward, and no nn.DataParallel or CUDA graph",
                 )
-        if (size := host_bytes(taken)) is None:
+        size = self._held_bytes if self._sized else host_bytes(taken)
+        if size is None:
             # on its own device and stream, where a few kernels more do not make training wait
             segments, taken, size = pack({step: taken}) + segments, {}, 0
         transfer = Transfer.start(segments, self._rings)
@@ -497,14 +511,8 @@ def watch(model: nn.Module, **settings: Any) -> Recorder:
     return Recorder(model, **settings)
 
 
-class _Hook:
+class _Hook(partial[None]):
     """A hook that stays with its module: copies and pickles of the module (averaged models, checkpoints) get none."""
-
-    def __init__(self, call: Callable[..., None]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> None:
-        self._call(*args)
 
     def __reduce__(self) -> tuple[type[_NoHook], tuple[()]]:
         return _NoHook, ()

@@ -90,7 +90,8 @@ class Reducer:
         self._frames: deque[Frame] = deque()
         self._bytes = 0
         self._oldest_at = 0.0
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._flushing = False
         self._passing_on = False  # frames were taken out of the queue and their rows are not offered yet
         self._closing = False
@@ -106,7 +107,7 @@ class Reducer:
     def offer(self, frame: Frame) -> None:
         """Queue one step; a full queue drops it. Takes a lock that is only ever held for an instant."""
         size = frame.size_bytes
-        with self._changed:
+        with self._lock:  # of the condition, whose own with-statement is Python
             full = self._frames and (len(self._frames) >= PENDING_STEPS or self._bytes + size > PENDING_BYTES)
             if full or self._ended:
                 self.dropped += 1
