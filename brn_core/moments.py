@@ -106,7 +106,7 @@ def sample_moments(x: Tensor) -> tuple[Tensor, Tensor | None]:
 def _sample_moments(x: Tensor) -> tuple[Tensor, Tensor | None]:
     dtype = statistics_dtype(x)
     if x.dim() == 2:
-        return x.to(dtype), None
+        return x.detach().to(dtype), None  # x itself would keep its whole graph
     if not torch.compiler.is_compiling() and _has_rows(x):
         N, C = x.shape[:2]
         S = x.numel() // (N * C)

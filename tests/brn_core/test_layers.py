@@ -226,9 +226,11 @@ def test_observed_holds_the_statistics_of_the_forward_before_its_update(shape):
     layer = _trained(BatchRenorm1d(3, **OPEN), shape=shape)
     mu, sigma = layer.running_mean.clone(), layer.running_std.clone()
     layer.observe = True
-    x = torch.randn(5, 3, *shape)
+    x = torch.randn(5, 3, *shape, requires_grad=True) * 2
     layer(x)
     seen = layer.observed
+    assert not any(value.requires_grad for value in seen if value is not None), "it would keep the graph"
+    x = x.detach()
     flat = x if x.dim() == 2 else x.transpose(1, 2).reshape(-1, 3)
     torch.testing.assert_close(seen.mu_B, flat.mean(0))
     torch.testing.assert_close(seen.sigma_B, (flat.var(0, correction=0) + 1e-5).sqrt())
