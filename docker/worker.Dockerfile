@@ -16,7 +16,7 @@ LABEL org.opencontainers.image.title="brn-train" \
 # tini is process 1: a signal ends what it starts at any time, also while torch is being imported.
 RUN apt-get update && apt-get install -y --no-install-recommends tini && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
     && useradd --uid 10001 --no-create-home --home-dir /var/lib/brn brn \
-    && mkdir -p /var/lib/brn /checkpoints /data && chown brn:brn /var/lib/brn /checkpoints
+    && mkdir -p /var/lib/brn/spool /checkpoints /data && chown -R brn:brn /var/lib/brn /checkpoints
 COPY --from=build /opt/brn /opt/brn
 ENV PATH=/opt/brn/bin:$PATH \
     PYTHONUNBUFFERED=1 \
