@@ -1,8 +1,8 @@
 """The work on C numbers of a layer's training step on CUDA, as one kernel forward and one backward.
 
-As operators it is 15 launches, each of which takes the host longer than the device. Triton comes with torch's builds
-for CUDA; where it is missing or cannot compile (it needs a C compiler and a directory to write to) these functions
-answer None, say so once in the log, and the operators of `brn_core.functional` do the work.
+As operators it is some 15 launches, each of which takes the host longer than the device. Triton comes with torch's
+builds for CUDA; where it is missing or cannot compile (it needs a C compiler and a directory to write to) these
+functions answer None, say so once in the log, and the operators of `brn_core.functional` do the work.
 
 The kernels compute what those operators do, with exact division and root, not the fast ones, and NaN passes every
 limit. The tests run them in Triton's interpreter, which needs no device.
@@ -116,7 +116,8 @@ def _launch(
     C = outputs[0].numel()
     kernel: Callable[..., Any] = getattr(_kernels(), name)[(-(-C // _BLOCK),)]
     try:
-        with torch.cuda.device_of(outputs[0]):  # type: ignore[no-untyped-call]  # Triton launches on the current device, whatever it is given
+        # Triton launches on the current device, whatever it is given.
+        with torch.cuda.device_of(outputs[0]):  # type: ignore[no-untyped-call]
             kernel(*inputs, *outputs, *numbers, C, BLOCK=_BLOCK, **flags)
     except Exception as error:  # whatever keeps Triton from compiling, training goes on without it
         _broken.set()

@@ -44,6 +44,7 @@ def _axe() -> Path | None:
 
 
 AXE = _axe()
+NEEDS_AXE = pytest.mark.skipif(AXE is None, reason="axe-core is not there (npm install axe-core; .ci/run does)")
 
 LIMITS = {"r_max": 3.0, "r_min": 1 / 3, "d_max": 5.0}
 

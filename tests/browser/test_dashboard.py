@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import synthetic as made
 from chromium import (
-    AXE,
     LIMITS,
+    NEEDS_AXE,
     NEEDS_CHROMIUM,
     PATIENCE_MS,
     Window,
-    barriers,
+    accessible,
     drawn,
     eventually,
     plot,
@@ -516,7 +516,7 @@ def test_the_page_follows_a_real_training(
     assert page.evaluate("document.querySelector('#schedule').dataset.witness") == "same"
 
 
-@pytest.mark.skipif(AXE is None, reason="axe-core is not there (npm install axe-core)")
+@NEEDS_AXE
 def test_axe_finds_nothing_serious_on_any_page_in_either_theme(
     client: httpx.Client, run_id: str, open_window: Callable[..., Window]
 ) -> None:
@@ -524,11 +524,7 @@ def test_axe_finds_nothing_serious_on_any_page_in_either_theme(
     made.write_run(client, f"{run_id}-2", layers=3, steps=20, **LIMITS)
     own = [f"/runs/{run_id}{path}" for path in ("", "/layers/1", "/ranks", "/advisor")]
     page = open_window("/").page
-    assert AXE is not None
     for path in (*own, f"/compare?runs={run_id},{run_id}-2", "/"):
         page.goto(path)
         drawn(page)
-        page.evaluate(AXE.read_text())
-        for theme, rules in (("light", "['wcag2a', 'wcag2aa', 'best-practice']"), ("dark", "['color-contrast']")):
-            page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
-            assert not (found := barriers(page, rules)), (path, theme, found)
+        accessible(page)

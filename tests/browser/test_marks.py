@@ -10,7 +10,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 import synthetic as made
-from chromium import AXE, NEEDS_CHROMIUM, Window, accessible, eventually
+from chromium import NEEDS_AXE, NEEDS_CHROMIUM, Window, accessible, eventually
 from fastapi import FastAPI
 from playwright.sync_api import Locator, Page, expect
 from pydantic import SecretStr
@@ -177,7 +177,7 @@ def test_who_may_only_read_is_told_so_in_the_dialog(
         page.context.clear_cookies()
 
 
-@pytest.mark.skipif(AXE is None, reason="axe-core is not there (npm install axe-core)")
+@NEEDS_AXE
 @pytest.mark.parametrize("width", [1400, 390])
 def test_axe_finds_nothing_serious_in_marks_their_past_and_their_dialog(
     client: httpx.Client, clustered: str, open_window: Open, width: int

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 import synthetic as made
-from chromium import AXE, CHROMIUM, Window, barriers, drawn, eventually, plot
+from chromium import AXE, CHROMIUM, NEEDS_AXE, Window, barriers, drawn, eventually, plot
 from playwright.sync_api import Page, expect
 
 from benchmarks.pages import serving as serving_rows
@@ -202,7 +202,7 @@ def test_figures_of_a_report_are_laid_out_for_the_width_of_their_reader(
         assert page.evaluate("[...document.querySelectorAll('.plot')].every((own) => own.clientWidth <= innerWidth)")
 
 
-@pytest.mark.skipif(AXE is None, reason="axe-core is not there (npm install axe-core)")
+@NEEDS_AXE
 @pytest.mark.parametrize("width", [1400, 390])
 def test_axe_finds_nothing_serious(
     client: httpx.Client,

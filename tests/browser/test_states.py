@@ -14,8 +14,8 @@ import httpx
 import pytest
 import synthetic as made
 from chromium import (
-    AXE,
     LIMITS,
+    NEEDS_AXE,
     NEEDS_CHROMIUM,
     Window,
     accessible,
@@ -195,7 +195,7 @@ def test_a_token_is_asked_for_and_a_wrong_one_is_told(
         page.context.clear_cookies()
 
 
-@pytest.mark.skipif(AXE is None, reason="axe-core is not there (npm install axe-core)")
+@NEEDS_AXE
 def test_axe_finds_nothing_serious_in_any_state_in_either_theme(
     app: FastAPI, client: httpx.Client, run_id: str, open_window: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
