@@ -66,6 +66,7 @@ def drawn(page: Page) -> None:
 
 
 def eventually(answer: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+    """The first true answer. It has to ask the page: what Playwright keeps of it, as `page.url`, stands still here."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := answer():

@@ -158,7 +158,7 @@ def test_a_service_that_goes_down_and_comes_back_is_told_and_caught_up_with(
         page.locator("#schedule").scroll_into_view_if_needed()
         newest = "gd._fullData.find((t) => t.name.startsWith('r:')).x.at(-1)"
         eventually(lambda: plot(page, "schedule", newest) == 20, "the newest step in the schedule view")
-        assert page.url.endswith("?layer=1")
+        expect(page).to_have_url(re.compile(r"\?layer=1$"))
         expect(page.locator("#layer")).to_have_value("1")
     page.goto("about:blank")
     refused(window, "ERR_")
@@ -311,7 +311,7 @@ def test_a_click_on_a_finding_moves_every_plot_to_its_evidence(
     page.locator(".card", has=page.locator(".badge", has_text=code)).locator("a.show").first.click()
     expect(page.locator("#evidence h2")).to_be_focused()
     drawn(page)
-    assert f"finding={code}" in page.url
+    expect(page).to_have_url(re.compile(f"finding={code}"))
     expect(page.locator("#layer")).to_have_value(layer)
     names = plot(page, "evidence", "gd._fullData.map((trace) => trace.name)")
     assert any(drawn_as in name for name in names), names
@@ -368,7 +368,7 @@ def test_an_update_leaves_zoom_choices_scroll_and_what_was_opened(
         assert plot(page, "schedule", hidden) == kept[page][0]
         assert plot(page, "schedule", place) == pytest.approx(kept[page][1], abs=1)
         assert page.locator("#head details").evaluate("(details) => details.open")
-        assert page.url.endswith("from=5&to=15")
+        expect(page).to_have_url(re.compile(r"from=5&to=15$"))
     expect(run.locator("#layer")).to_have_value("1")
     expect(run.locator("#stat")).to_be_focused()
 
