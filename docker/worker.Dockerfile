@@ -14,15 +14,23 @@ LABEL org.opencontainers.image.title="brn-train" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.version="0.1.0"
 # tini is process 1: a signal ends what it starts at any time, also while torch is being imported.
-RUN apt-get update && apt-get install -y --no-install-recommends tini && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
+# --compile and the fused kernels need g++ with its gcc, and Python.h, which python:* images have and others may not.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends tini g++ \
+        $(test -e "$(python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || echo libpython3-dev) \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
     && useradd --uid 10001 --no-create-home --home-dir /var/lib/brn brn \
     && mkdir -p /var/lib/brn/spool /checkpoints /data && chown -R brn:brn /var/lib/brn /checkpoints
 COPY --from=build /opt/brn /opt/brn
+# What is compiled is executed from where it is kept: the volume, as Docker mounts a tmpfs like /tmp noexec.
 ENV PATH=/opt/brn/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     BRN_SPOOL=/var/lib/brn/spool \
-    BRN_DATA=/data
+    BRN_DATA=/data \
+    XDG_CACHE_HOME=/var/lib/brn/cache \
+    TRITON_CACHE_DIR=/var/lib/brn/cache/triton \
+    TORCHINDUCTOR_CACHE_DIR=/var/lib/brn/cache/inductor
 USER brn
 WORKDIR /var/lib/brn
 VOLUME /var/lib/brn

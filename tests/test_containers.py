@@ -204,6 +204,8 @@ def _locked(stack: Stack, service: str, *writable: str) -> None:
     assert status["NoNewPrivs"].strip() == "1"
     assert "Read-only file system" in stack.inside("touch", "/etc/brn", service=service, fails=True)
     stack.inside("touch", *(f"{folder}/probe" for folder in writable), service=service)
+    started = stack.inside("sh", "-c", "cp /bin/true /tmp/true && /tmp/true", service=service, fails=True)
+    assert "Permission denied" in started, "nothing in /tmp is executed"
     limits = stack.inspect(service, "{{.HostConfig.Memory}} {{.HostConfig.PidsLimit}}").split()
     assert all(int(limit) > 0 for limit in limits), "memory and processes are limited"
 
@@ -292,6 +294,16 @@ def test_a_training_that_is_stopped_or_killed_goes_on_where_it_was(stack: Stack)
     run = stack.runs()["stopped"]
     layers = httpx.get(f"{stack.url}/v1/runs/stopped/layers").raise_for_status().json()["layers"]
     assert run["rows"] == LONG_STEPS * len(layers), "one row a step and layer: none twice, none missing"
+
+
+def test_a_compiled_training_finds_its_compiler_and_a_place_to_execute_from(stack: Stack) -> None:
+    """As hardened as the others, /tmp noexec too."""
+    job = {"BRN_RUN_ID": "compiled", "BRN_STEPS": "4", "BRN_EVAL_EVERY": "0", "BRN_COMPILE": "true"}
+    stack.compose("run", "--rm", "--no-deps", "worker", **job)
+    run = httpx.get(f"{stack.url}/v1/runs/compiled").raise_for_status().json()
+    assert run["config"]["compile"]
+    layers = httpx.get(f"{stack.url}/v1/runs/compiled/layers").raise_for_status().json()["layers"]
+    assert (run["status"], run["rows"]) == ("finished", 4 * len(layers) * run["world_size"])
 
 
 def test_rows_outlive_the_containers(stack: Stack) -> None:
