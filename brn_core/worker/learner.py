@@ -9,8 +9,11 @@ import copy
 import importlib.util
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,13 +148,28 @@ def keep_time_constant(model: nn.Module, accumulate: int) -> None:
 
 
 def _require_compiler(device: torch.device) -> None:
-    """torch.compile writes C++ for the CPU and Triton for CUDA; without the tool it fails late, and at length.
+    """torch.compile writes C++ for the CPU and Triton for CUDA, whose launcher is C; both include Python.h.
+
+    Without one of these it fails late, and at length. Which compilers are looked for: torch 2.13's
+    `_inductor/config.py` (cpp.cxx) and Triton 3's `runtime/build.py`.
 
     Raises:
-        UsageError: the tool is not there.
+        UsageError: something is not there.
     """
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise UsageError("--compile needs Triton on a CUDA device: pip install triton, or leave --compile out")
-    elif not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-        raise UsageError("--compile needs a C++ compiler on the CPU (g++ or clang++), or leave --compile out")
+        language, variable, usual = "C", "CC", ["gcc", "clang"]
+    else:
+        language, variable, usual = "C++", "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    named = os.environ.get(variable)
+    if not any(shutil.which(name) for name in (usual if named is None else [named])):
+        raise UsageError(
+            f"--compile needs a {language} compiler ({' or '.join(usual)}, or what {variable} names), "
+            "or leave --compile out"
+        )
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").exists():
+        raise UsageError(
+            f"--compile needs Python.h in {headers} (Debian: apt install python3-dev), or leave --compile out"
+        )

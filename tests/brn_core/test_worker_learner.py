@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import shutil
+import sys
+import sysconfig
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -187,12 +190,48 @@ def test_a_compiled_network_is_recorded_like_one_that_is_not(tmp_path: Path, mon
         assert compiled["mu_b"] == pytest.approx(plain["mu_b"], rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("device", "there", "variables", "needed"),
+    [
+        ("cpu", {}, {}, r"a C\+\+ compiler"),
+        ("cpu", {"c++", "clang++"}, {}, r"a C\+\+ compiler"),  # torch takes these if CXX names them
+        ("cpu", {"g++"}, {"CXX": "gone"}, r"a C\+\+ compiler"),
+        ("cuda", {"g++"}, {}, "a C compiler"),
+        ("cuda", {"gcc"}, {"CC": "gone"}, "a C compiler"),
+        ("cpu", {"g++"}, {}, r"Python\.h in /no/headers"),
+        ("cpu", {"clang++"}, {"CXX": "clang++"}, r"Python\.h in /no/headers"),
+        ("cuda", {"gcc"}, {}, r"Python\.h in /no/headers"),
+        ("cuda", {"clang"}, {}, r"Python\.h in /no/headers"),
+        ("cuda", {"cc"}, {"CC": "cc"}, r"Python\.h in /no/headers"),
+    ],
+)
 def test_compiling_without_a_compiler_is_refused_before_anything_runs(
-    data: Dataset, monkeypatch: pytest.MonkeyPatch
+    data: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    there: set[str],
+    variables: dict[str, str],
+    needed: str,
 ) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UsageError, match="--compile needs a C\\+\\+ compiler"):
-        learner_of(data, "--compile")
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in there else None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: f"/no/headers/{name}")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    model = make_model("small", data.shape, data.classes, norm_factory("brn", 0.1))
+    settings = parse_settings(["--device", "cpu", "--compile"])
+    with pytest.raises(UsageError, match=f"--compile needs {needed}.*, or leave --compile out"):
+        Learner(settings, model, Rank(), torch.device(device))
+
+
+def test_compiling_without_triton_is_refused_on_cuda(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    model = make_model("small", data.shape, data.classes, norm_factory("brn", 0.1))
+    with pytest.raises(UsageError, match="--compile needs Triton"):
+        Learner(parse_settings(["--device", "cpu", "--compile"]), model, Rank(), torch.device("cuda"))
 
 
 def test_a_loss_scale_is_among_what_a_checkpoint_holds(data: Dataset) -> None:
