@@ -136,16 +136,16 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would treble the cost of making one
 class Moving:
-    """A `Correct` of a layer that asks for nothing out of the ordinary: on CUDA its work may be one kernel.
+    """A `Correct` of a layer that asks for nothing out of the ordinary: its work may be one kernel.
 
     Attributes:
         mu, sigma: (C,) float32, changed in place.
         limits: r_min, r_max, d_max, 0-dim.
         count_: 0-dim, batches so far.
         alpha: weight of a new batch.
-        observe: is told the moments and sigma_B before mu and sigma move.
+        observe: is told the moments, sigma_B, and what mu and sigma were.
     """
 
     mu: Tensor
@@ -153,14 +153,27 @@ class Moving:
     limits: tuple[Tensor, Tensor, Tensor]
     count_: Tensor
     alpha: float
-    observe: Callable[[Moments, Tensor], None] | None
+    observe: Callable[[Moments, Tensor, Tensor, Tensor], None] | None
 
     def __call__(self, moments: Moments, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
         if self.observe is not None:
-            self.observe(moments, sigma_B)
+            self.observe(moments, sigma_B, *torch.stack((self.mu, self.sigma)).unbind())
         r_and_d = correct_(moments, sigma_B, self.mu, self.sigma, self.limits, self.alpha)
         self.count_.add_(1)
         return r_and_d
+
+    def fused(self, moments: Moments, weight: Tensor | None, bias: Tensor | None, eps: float) -> fused.Vectors | None:
+        """The same by one kernel, with all else that normalizing takes; None, and nothing done, where there is none."""
+        done = fused.correct_(
+            moments.mean_C, moments.var_C, self.mu, self.sigma, self.limits, self.count_, weight, bias,
+            self.alpha, eps, self.observe is not None,
+        )  # fmt: skip
+        if done is None:
+            return None
+        vectors, before = done
+        if before is not None and self.observe is not None:
+            self.observe(moments, *before)
+        return vectors
 
 
 _Measured: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int | Tensor]
@@ -197,18 +210,18 @@ class _Normalize(torch.autograd.Function):
         # Measuring in here rather than before saves switching gradients off and on, a tenth of a small layer's cost.
         correct, mask, eps, ranks, per_sample = how
         vectors = None
-        if isinstance(correct, Moving):
-            moments = batch_moments(x, per_sample=per_sample)
-            mean, var, elements, _, _ = moments
-            if correct.observe is not None:
-                correct.observe(moments, (var + eps).sqrt_())
-            vectors = fused.correct_(
-                mean, var, correct.mu, correct.sigma, correct.limits, correct.count_, weight, bias, correct.alpha, eps
-            )
+        if isinstance(correct, tuple):
+            measured = correct
+        else:
+            moments = _moments(x, mask, ranks, per_sample)
+            if isinstance(correct, Moving):
+                vectors = correct.fused(moments, weight, bias, eps)
+            if vectors is None:
+                measured = _corrected(moments, correct, eps)
         if vectors is not None:
+            mean, var, elements, _, _ = moments
             inverse, r, d, scale, shift = vectors
         else:
-            measured = _measure(x, correct, mask, eps, ranks, per_sample) if callable(correct) else correct
             mean, var, sigma, r, d, elements = measured
             inverse, scale, shift, dtype = sigma.reciprocal(), r, d, mean.dtype
             if weight is not None:
@@ -375,7 +388,7 @@ def renormalize(
         return _by_formula(x, weight, bias, correct, mask, eps, per_sample)
     if torch.compiler.is_compiling():  # which does not follow a change of buffers into an autograd.Function
         with torch.no_grad():
-            measured = _measure(x, correct, mask, eps, ranks, per_sample)
+            measured = _corrected(_moments(x, mask, ranks, per_sample), correct, eps)
         y: Tensor = _Normalize.apply(x, weight, bias, (measured, mask, eps, ranks, False))  # type: ignore[no-untyped-call]
         return y
     strided = x.dim() == 3 and _strided_rows(x)
@@ -390,12 +403,12 @@ def _strided_rows(x: Tensor) -> bool:
     return x.dim() == 3 and x.stride(1) == 1 and not x.is_contiguous()
 
 
-def _measure(
-    x: Tensor, correct: Correct, mask: Tensor | None, eps: float, ranks: _Ranks | None, per_sample: bool
-) -> _Measured:
+def _moments(x: Tensor, mask: Tensor | None, ranks: _Ranks | None, per_sample: bool) -> Moments:
     moments = batch_moments(x, mask, per_sample=per_sample)
-    if ranks is not None:
-        moments = merge_moments(moments, ranks.group)
+    return moments if ranks is None else merge_moments(moments, ranks.group)
+
+
+def _corrected(moments: Moments, correct: Correct, eps: float) -> _Measured:
     mean_C, var_C, elements, _, _ = moments
     sigma_C = (var_C + eps).sqrt_()
     r, d = correct(moments, sigma_C)
@@ -415,7 +428,7 @@ def _by_formula(
     dtype = statistics_dtype(x)
     wide = x.to(dtype)
     with torch.no_grad():
-        _, _, _, r, d, _ = _measure(x.detach(), correct, mask, eps, None, per_sample)
+        _, _, _, r, d, _ = _corrected(_moments(x.detach(), mask, None, per_sample), correct, eps)
     mean, sigma = _differentiable_moments(wide, mask, eps)
     xhat = (wide - per_channel(mean, x)) / per_channel(sigma, x) * per_channel(r, x) + per_channel(d, x)
     if weight is not None:

@@ -21,9 +21,9 @@ def _finite(value):
 @triton.jit
 def correct(
     mean_ptr, var_ptr, mu_ptr, sigma_ptr, r_min_ptr, r_max_ptr, d_max_ptr, count_ptr, weight_ptr, bias_ptr,
-    inverse_ptr, r_ptr, d_ptr, scale_ptr, shift_ptr,
+    inverse_ptr, r_ptr, d_ptr, scale_ptr, shift_ptr, sigma_B_ptr, old_mu_ptr, old_sigma_ptr,
     alpha, eps, C,
-    BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, OBSERVED: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = at < C
@@ -36,6 +36,10 @@ def correct(
     d_max = tl.load(d_max_ptr)
     r = _clipped(tl.div_rn(sigma_B, sigma), tl.load(r_min_ptr), tl.load(r_max_ptr))
     d = _clipped(tl.div_rn(off, sigma), -d_max, d_max)
+    if OBSERVED:
+        tl.store(sigma_B_ptr + at, sigma_B, mask=there)
+        tl.store(old_mu_ptr + at, mu, mask=there)
+        tl.store(old_sigma_ptr + at, sigma, mask=there)
     tl.store(mu_ptr + at, mu + alpha * _finite(off), mask=there)
     tl.store(sigma_ptr + at, sigma + alpha * _finite(sigma_B - sigma), mask=there)
     scale, shift = r, d

@@ -266,7 +266,9 @@ class BatchRenorm(nn.Module):
         if self.sync == "moments" or self.stat == "var" or self.debias or self.virtual_batch_size:
             return None
         buffers = cast("dict[str, Tensor]", self._buffers)
-        if self._corrections or any(buffers[name].dtype != torch.float32 for name in (*_STATISTICS, *_LIMITS)):
+        if self._corrections and in_backward():  # it may be a checkpoint's second run
+            return None
+        if any(buffers[name].dtype != torch.float32 for name in (*_STATISTICS, *_LIMITS)):
             return None
         alpha = self._alpha()
         assert isinstance(alpha, float)  # without debias
@@ -287,7 +289,7 @@ class BatchRenorm(nn.Module):
                 return correct_(moments, sigma_B, mu.clone(), sigma.clone(), limits, 0.0)
             return recorded
         if self.observe:
-            self._keep_observation(moments, sigma_B)
+            self._keep_observation(moments, sigma_B, *torch.stack((mu, sigma)).unbind())  # one copy of both
         r, d = correct_(moments, sigma_B, mu, sigma, limits, self._alpha(), self.stat)
         buffers["num_batches_tracked"].add_(1)
         return r, d
@@ -323,15 +325,14 @@ class BatchRenorm(nn.Module):
         per_batch = math.log1p(-alpha) if alpha < 1 else -math.inf
         return alpha / -torch.expm1((self.num_batches_tracked + 1).to(self.running_mean.dtype) * per_batch)
 
-    def _keep_observation(self, moments: Moments, sigma_B: Tensor) -> None:
+    def _keep_observation(self, moments: Moments, sigma_B: Tensor, mu: Tensor, sigma: Tensor) -> None:
         mu_B, _, _, mean_NC, var_NC = moments
         assert mean_NC is not None  # asked for by per_sample
         if sigma_B.dim() > 1:  # microbatches
             mu_B, sigma_B = mu_B.mean(0), sigma_B.mean(0)
         buffers = cast("dict[str, Tensor]", self._buffers)  # get_buffer costs more than the copy
-        moving = torch.stack([buffers[name] for name in _STATISTICS]).unbind()  # one copy of both, one of the limits
         limits = torch.stack([buffers[name] for name in _LIMITS]).unbind()
-        self.observed = Observation(mean_NC, var_NC, mu_B, sigma_B, *moving, *limits)
+        self.observed = Observation(mean_NC, var_NC, mu_B, sigma_B, mu, sigma, *limits)
 
     def _check_input(self, x: Tensor) -> None:
         dims, dim = self._allowed_dims, x.dim()
