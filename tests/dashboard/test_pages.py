@@ -68,6 +68,31 @@ class TestRunList:
             assert part in text
         assert verdict["code"] in text
 
+    def test_says_whether_somebody_has_looked_at_the_verdict_of_a_run(self, client: httpx.Client, run_id: str) -> None:
+        made.create(client, made.run_record(run_id)).raise_for_status()
+        made.send(client, run_id, made.clustered_tables()).raise_for_status()
+        code = client.get(f"/v1/runs/{run_id}/findings").json()["verdict"]["code"]
+
+        def verdict() -> str:
+            row = re.search(rf'<tr data-part="{run_id}".*?</tr>', client.get("/").text, re.DOTALL)
+            assert row is not None
+            cell = re.search(r'<td class="c-verdict.*?</td>', row[0], re.DOTALL)
+            assert cell is not None
+            return cell[0]
+
+        def mark(code: str, said: str) -> None:
+            client.put(f"/v1/runs/{run_id}/findings/{code}/mark", json={"mark": said}).raise_for_status()
+
+        mark("NH-LAG", "muted")  # not what the verdict is about
+        assert code in verdict()
+        assert 'class="tag"' not in verdict()
+        for said in ("acknowledged", "muted"):
+            mark(code, said)
+            assert f'<span class="tag">{said}</span>' in verdict()
+            assert ('class="c-verdict quieter"' in verdict()) == (said == "muted")
+        mark(code, "open")
+        assert 'class="tag"' not in verdict()
+
     def test_newest_first(self, client: httpx.Client, run_id: str) -> None:
         for name in ("a-older", "b-newer"):
             made.create(client, made.run_record(f"{run_id}-{name}"))
