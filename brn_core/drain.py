@@ -115,12 +115,13 @@ def _drain(
                 done.acknowledgement = answer.acknowledgement
                 parcel.remove()
         done.left -= 1
-    if (end := folder.end()) is not None:
+    while (end := folder.end()) is not None:
         answer = client.update(run, end, within_seconds=seconds_left())
         if answer.outcome == "unavailable":
             done.left, done.problem, done.unavailable = 1, answer.detail, answer
             return
-        folder.remove_end()
+        if folder.end() == end:  # else its process has put its last word there meanwhile
+            folder.remove_end()
     folder.tidy()
 
 

@@ -328,9 +328,8 @@ class Recorder:
             ended = self._reducer.close(timeout_seconds)
             left = max(deadline - time.monotonic(), 0.0)
             said: dict[str, Any] = {} if failure is None else {"failure": failure[:MAX_FAILURE]}
-            if self._reducer.dropped:
-                said["dropped_steps"] = self._reducer.dropped
-            ended &= self._shipper.close(timeout_seconds=left, end=RunUpdate(status=status, **said))
+            end = RunUpdate(status=status, **said)
+            ended &= self._shipper.close(timeout_seconds=left, end=end, dropped_steps=self._reducer.dropped)
             if not ended:
                 logger.warning("run %s: a sending thread still hangs in a connection to %s", self.run_id, self._url)
         if self.dropped_steps:

@@ -109,10 +109,11 @@ class Shipper(Generic[Item]):
         self._closing = False
         self._deadline = float("inf")
         self._end: RunUpdate | None = None
-        self._dropped = 0
+        self._dropped = self._dropped_before = 0
         # unix microseconds: a resumed process of the same run and rank never reuses a number
         after = 0 if self._repeated is None else self._repeated.seq + 1  # whatever the clock says
-        self._seq = itertools.count(max(time.time_ns() // 1000, after))
+        self._process = max(time.time_ns() // 1000, after)
+        self._seq = itertools.count(self._process)
         self._max_bytes = MAX_BYTES
         self._registered = rank != 0
         self._spooled = False
@@ -175,10 +176,11 @@ class Shipper(Generic[Item]):
             self._flushing = False
             return done and not self._items
 
-    def close(self, *, timeout_seconds: float = 5.0, end: RunUpdate | None = None) -> bool:
+    def close(self, *, timeout_seconds: float = 5.0, end: RunUpdate | None = None, dropped_steps: int = 0) -> bool:
         """Send what waits until the deadline, spool the rest, then say `end` of the run. Idempotent.
 
-        Of ranks other than 0 only what they dropped is said, where they did.
+        With it is said how many steps were dropped, here and before they came here (`dropped_steps`). Of ranks other
+        than 0 only that is said, where they dropped any.
 
         Where the thread hangs in a request past the deadline (a name server that does not answer, an answer without
         end), the caller spools what is left; the batch on its way may then be sent twice, and is stored once.
@@ -190,7 +192,7 @@ class Shipper(Generic[Item]):
             if not self._closing:
                 self._closing = True
                 self._deadline = time.monotonic() + timeout_seconds
-                self._end = end
+                self._end, self._dropped_before = end, dropped_steps
                 if not self._told_to_wait:
                     self._retry_at = 0.0  # the last chance: the service may be back since the last try
                 self._changed.notify_all()
@@ -252,8 +254,8 @@ class Shipper(Generic[Item]):
     def _look_into_spool(self) -> None:
         if self._folder is None:
             return
-        self._folder.remove_end()  # of an earlier process of this run: the run goes on
-        self._spooled = bool(self._folder.parcels())
+        self._folder.reopen(self._registration)
+        self._spooled = bool(self._folder.parcels()) or self._folder.end() is not None
 
     def _collect(self) -> tuple[list[Item], int | None, bool]:
         """Wait until a batch is due, the spool may be tried again, or the shipper is closing.
@@ -494,10 +496,11 @@ class Shipper(Generic[Item]):
             self._folder.put_end(self._registration, last_word)
 
     def _last_word(self) -> RunUpdate | None:
-        """The end, with what was dropped here added to what its maker counts; None where there is nothing to say."""
+        """The end, with what this process dropped; None where there is nothing to say."""
         if self._end is None:
             return None
-        dropped = (self._end.dropped_steps or 0) + self._dropped
+        dropped = self._dropped_before + self._dropped
+        drops = {self._rank: {self._process: dropped}} if dropped else None
         if self._rank != 0:
-            return RunUpdate(dropped_by_rank={self._rank: dropped}) if dropped else None
-        return self._end.model_copy(update={"dropped_steps": dropped}) if dropped else self._end
+            return RunUpdate(dropped_by_process=drops) if drops else None
+        return self._end.model_copy(update={"dropped_by_process": drops}) if drops else self._end

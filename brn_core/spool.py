@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
 from brn_core.atomic import replacing
-from brn_core.wire import RUN_ID_PATTERN, RunCreate, RunUpdate, WireError, decode_batch, encode_batch
+from brn_core.wire import RUN_ID_PATTERN, RunCreate, RunUpdate, WireError, decode_batch, encode_batch, with_drops
 
 if sys.platform != "win32":
     import fcntl
@@ -131,12 +131,15 @@ class SpoolFolder:
         return dropped
 
     def put_end(self, registration: RunCreate, update: RunUpdate) -> None:
-        """Keep the run's last update, to be sent after its batches.
+        """Keep the run's last update, to be sent after its batches, with what earlier processes have dropped.
 
         Raises:
             OSError: the folder cannot be written.
         """
         self._describe(registration)
+        if (earlier := self.end()) is not None and earlier.dropped_by_process:
+            together = with_drops(earlier.dropped_by_process, update.dropped_by_process or {})
+            update = update.model_copy(update={"dropped_by_process": together})
         _write(self.path / "end.json", update.model_dump_json(exclude_unset=True).encode())
 
     def put_aside(self, registration: RunCreate, seq: int, steps: int, body: bytes) -> None:
@@ -245,6 +248,18 @@ class SpoolFolder:
     def end(self) -> RunUpdate | None:
         """The run's undelivered last update, if there is one."""
         return _read(self.path / "end.json", RunUpdate)
+
+    def reopen(self, registration: RunCreate) -> None:
+        """Of an earlier process's undelivered end keep only what was dropped: the run goes on.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        end = self.end()
+        if end is not None and end.dropped_by_process:
+            self.put_end(registration, RunUpdate())
+        else:
+            self.remove_end()
 
     def remove_end(self) -> None:
         (self.path / "end.json").unlink(missing_ok=True)

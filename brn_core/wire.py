@@ -247,7 +247,9 @@ RunId = Annotated[str, StringConstraints(pattern=RUN_ID_PATTERN)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=60, strip_whitespace=True)]
 LayerKind = Literal["BatchRenorm", "BatchNorm", "SyncBatchNorm"]
-DroppedByRank = dict[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+_Count = Annotated[int, Field(ge=0)]
+DroppedByRank = dict[_Count, _Count]
+DroppedByProcess = dict[_Count, dict[_Count, _Count]]
 RunStatus = Literal["running", "finished", "failed"]
 
 
@@ -401,8 +403,11 @@ class RunCreate(_Record):
         default=0, ge=0, description="Recorded steps that will never be stored, of all ranks; said at their ends."
     )
     dropped_by_rank: DroppedByRank = Field(
+        default_factory=dict, description="The same of each rank that said so.", exclude_if=operator.not_
+    )
+    dropped_by_process: DroppedByProcess = Field(
         default_factory=dict,
-        description="The same of each rank that said so. Left out where none did: earlier versions do not know it.",
+        description="The same of each rank's processes: a training that is resumed has several.",
         exclude_if=operator.not_,
     )
     layers: tuple[Layer, ...] = Field(default=(), max_length=65536)
@@ -416,20 +421,30 @@ class RunUpdate(_Record):
     notes: Notes | None = None
     status: RunStatus | None = None
     failure: Failure | None = None
-    dropped_steps: int | None = Field(default=None, ge=0, description="Of rank 0.")
-    dropped_by_rank: DroppedByRank | None = Field(default=None, description="Of these ranks.")
+    dropped_by_process: DroppedByProcess | None = Field(
+        default=None,
+        description="Recorded steps that will never be stored, by rank and process, all that a process has dropped so "
+        "far. A process is any number that no other process of the rank has.",
+    )
 
 
-def with_drops(known: DroppedByRank, update: RunUpdate) -> dict[str, object]:
-    """What an update changes of a run, where `known` is what its ranks have said of their drops before."""
-    changes = update.model_dump(exclude_none=True, exclude={"status", "dropped_steps", "dropped_by_rank"})
-    said = dict(update.dropped_by_rank or {})
-    if update.dropped_steps is not None:
-        said[0] = update.dropped_steps
-    if said:
-        together = {**known, **said}
-        changes |= {"dropped_steps": sum(together.values()), "dropped_by_rank": together}
-    return changes
+def with_drops(known: DroppedByProcess, said: DroppedByProcess) -> DroppedByProcess:
+    """What is known after one more word on drops: a process that says it again replaces what it said before."""
+    return known | {rank: known.get(rank, {}) | own for rank, own in said.items()}
+
+
+def updated(run: RunCreate, update: RunUpdate) -> RunCreate:
+    """A run's record after an update, all but the status, which is no part of it."""
+    changes = update.model_dump(exclude_none=True, exclude={"status", "dropped_by_process"})
+    if update.dropped_by_process:
+        by_process = with_drops(run.dropped_by_process, update.dropped_by_process)
+        by_rank = {rank: sum(own.values()) for rank, own in by_process.items()}
+        changes |= {
+            "dropped_steps": sum(by_rank.values()),
+            "dropped_by_rank": by_rank,
+            "dropped_by_process": by_process,
+        }
+    return run.model_copy(update=changes)
 
 
 _END_OF_STREAM: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow IPC: continuation mark, length 0

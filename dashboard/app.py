@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, Final
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ExceptionHandler
@@ -19,10 +21,13 @@ from dashboard.glance import Glances
 from dashboard.templating import STATIC, message, static_version
 from service import answers
 from service import app as service_app
+from service.access import require_token
 from service.errors import NotFound, ServiceError, Unauthorized
 from service.memo import Memo
 from service.schemas import Run
 from service.settings import Settings
+
+_BELOW_A_RUN: Final = re.compile(r"/runs/(?P<run>[^/]+)/")
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -64,9 +69,11 @@ def _as_page(answer: ExceptionHandler) -> ExceptionHandler:
             here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
             return RedirectResponse(f"/login?to={quote(here)}", status_code=303)
         if isinstance(error, ServiceError):
-            return message(request, error.status, error.title, error.detail, _run_of(request, error))
+            run = await run_in_threadpool(_run_of, request) if isinstance(error, NotFound) else None
+            return message(request, error.status, error.title, error.detail, run)
         if isinstance(error, HTTPException) and error.status_code == 404:
-            return message(request, 404, "Not found", f"There is no page at {request.url.path}.")
+            run = await run_in_threadpool(_run_of, request)
+            return message(request, 404, "Not found", f"There is no page at {request.url.path}.", run)
         if isinstance(error, HTTPException | RequestValidationError):
             status = error.status_code if isinstance(error, HTTPException) else 422
             return message(request, status, "That did not work", "The address asks for something unknown.")
@@ -76,12 +83,13 @@ def _as_page(answer: ExceptionHandler) -> ExceptionHandler:
     return handler
 
 
-def _run_of(request: Request, error: ServiceError) -> Run | None:
-    """The run below whose address something was not found, if that exists."""
-    run_id = request.path_params.get("run_id")
-    if not isinstance(error, NotFound) or run_id is None:
+def _run_of(request: Request) -> Run | None:
+    """The run below whose address something was not found, if that exists and the one who asks may see it."""
+    below = _BELOW_A_RUN.match(request.url.path)
+    if below is None:
         return None
     try:
-        return answers.run(store_of(request), run_id)
+        require_token(request)  # an address that no route has was not asked for one
+        return answers.run(store_of(request), below["run"])
     except ServiceError:
         return None

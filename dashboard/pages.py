@@ -134,6 +134,7 @@ def _runs_context(request: Request, asked: Asked) -> dict[str, Any]:
     return {
         "views": [run_view(run, _layers(request, run)) for run in page.runs],
         "glances": glances.of(store, page.runs),
+        "marked": history.marks(store, {run.id: run.verdict.code for run in page.runs}),
         "page": page,
         "asked": asked,
         "filtered": bool(filters),

@@ -179,6 +179,18 @@ def of_run(store: Store, run_id: str) -> HistoryAnswer:
     return HistoryAnswer(run=run_id, findings=tuple(_read(store, run_id).values()))
 
 
+def marks(store: Store, codes: Mapping[str, str]) -> dict[str, Mark]:
+    """What people made of one finding of each of these runs, by run, of those that are marked: one query for all.
+
+    Args:
+        store: of the runs.
+        codes: the code of the finding, by run.
+    """
+    stored = store.histories_of([run for run, code in codes.items() if code in CODES])
+    said = {run: entry.mark for run, text in stored.items() if (entry := _parsed(text).get(codes[run])) is not None}
+    return {run: mark for run, mark in said.items() if mark != "open"}
+
+
 def known(store: Store, diagnosis: Diagnosis) -> Diagnosis:
     """The diagnosis as what is stored dates it, see `dated`."""
     return dated(_read(store, diagnosis.run), diagnosis)

@@ -98,11 +98,11 @@ def create_run(body: wire.RunCreate, response: Response, store: StoreOf) -> Run:
         known = store.record(body.id)
         if known is not None:
             response.status_code = status.HTTP_200_OK
-            # A run that goes on does not know what people wrote to it meanwhile.
-            kept: dict[str, object] = {"notes": body.notes or known.record.notes}
-            if known.status == "running":  # rank 0 may say of the run what it is after another rank has said its last
-                kept |= wire.with_drops({}, wire.RunUpdate(dropped_by_rank=known.record.dropped_by_rank))
-            body = body.model_copy(update=kept)
+            # A run that goes on does not know what people wrote to it meanwhile, nor what its processes have dropped.
+            said = wire.RunUpdate(
+                notes=body.notes or known.record.notes, dropped_by_process=known.record.dropped_by_process
+            )
+            body = wire.updated(body, said)
         store.put_run(body, "running", known.created_at if known else datetime.now(UTC))
         return answers.run(store, body.id)
 
@@ -145,8 +145,7 @@ def update_run(run: RunPath, body: wire.RunUpdate, store: StoreOf, diagnoser: Di
     """Only what is given changes."""
     with store.writing():
         known = answers.stored_run(store, run)
-        changes = wire.with_drops(known.record.dropped_by_rank, body)
-        store.put_run(known.record.model_copy(update=changes), body.status or known.status, known.created_at)
+        store.put_run(wire.updated(known.record, body), body.status or known.status, known.created_at)
         diagnoser.touch(run)
         return answers.run(store, run)
 

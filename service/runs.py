@@ -120,7 +120,7 @@ class Runs:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._records: Memo[StoredRun | None] = Memo(size=256)
-        self._histories: Memo[str | None] = Memo(size=256)
+        self._histories: Memo[str] = Memo(size=256)  # empty: there is none
         self._changes: dict[str, int] = {}  # of what a run says of itself
         self._listed: dict[str, StoredRun] = {}  # without layers
         self._extents: dict[str, Extent] = {}
@@ -215,15 +215,23 @@ class Runs:
 
     def history(self, run_id: str) -> str | None:
         """The history of a run's findings, as it was put; None where there is none."""
+        return self.histories_of([run_id]).get(run_id)
 
-        def read() -> str | None:
-            sql = "SELECT history FROM histories FINAL WHERE run_id = {run:String}"
-            found = self._engine.rows(sql, run=run_id).column("history").to_pylist()
-            return found[0] if found else None
-
-        if not self._engine.embedded:
-            return read()
-        return self._histories.get((run_id, self._changes.get(run_id, 0)), read)
+    def histories_of(self, run_ids: Collection[str]) -> dict[str, str]:
+        """The histories of these runs' findings, by id; of those that have one, read by one query."""
+        keys = {run_id: (run_id, self._changes.get(run_id, 0)) for run_id in run_ids}
+        found: dict[str, str] = {}
+        if self._engine.embedded:
+            found = {run_id: text for run_id, key in keys.items() if (text := self._histories.peek(key)) is not None}
+        missing = [run_id for run_id in keys if run_id not in found]
+        if missing:
+            sql = "SELECT run_id, history FROM histories FINAL WHERE run_id IN {runs:Array(String)}"
+            read = {row["run_id"]: row["history"] for row in self._engine.rows(sql, runs=missing).to_pylist()}
+            for run_id in missing:
+                found[run_id] = read.get(run_id, "")
+                if self._engine.embedded:
+                    self._histories.put(keys[run_id], found[run_id])
+        return {run_id: text for run_id, text in found.items() if text}
 
     def put_history(self, run_id: str, history: str) -> None:
         """Stores the history of a run's findings in place of the one before, unless its run was deleted meanwhile."""

@@ -151,6 +151,10 @@ class Store:
         """The history of a run's findings, as it was put; None where there is none."""
         return self._runs.history(run_id)
 
+    def histories_of(self, run_ids: Collection[str]) -> dict[str, str]:
+        """The histories of these runs' findings, by id; of those that have one, read by one query."""
+        return self._runs.histories_of(run_ids)
+
     def put_history(self, run_id: str, history: str) -> None:
         """Stores the history of a run's findings, unless its run was deleted meanwhile. Call it within `writing()`."""
         self._runs.put_history(run_id, history)

@@ -52,7 +52,7 @@ class FakeService:
         self.statuses: dict[str, str] = {}
         self.failures: dict[str, str] = {}
         self.dropped: dict[str, int] = {}
-        self._dropped_by_rank: dict[str, Any] = {}
+        self._said_of_drops: dict[str, dict[tuple[int, int], int]] = {}  # by run, then by rank and process
         self.batches: dict[tuple[str, int, int], dict[str, Any]] = {}
         self.duplicates = 0
         self.connections = 0
@@ -107,10 +107,14 @@ class FakeService:
                 update = wire.RunUpdate.model_validate_json(body)
                 if update.status is not None:
                     self.statuses[parts[2]] = update.status
-                if update.dropped_steps is not None or update.dropped_by_rank:
-                    by_rank = self._dropped_by_rank.setdefault(parts[2], {})
-                    by_rank |= wire.with_drops(by_rank, update)["dropped_by_rank"]
-                    self.dropped[parts[2]] = sum(by_rank.values())
+                if update.dropped_by_process:
+                    said = self._said_of_drops.setdefault(parts[2], {})
+                    said |= {
+                        (rank, process): steps
+                        for rank, own in update.dropped_by_process.items()
+                        for process, steps in own.items()
+                    }
+                    self.dropped[parts[2]] = sum(said.values())
                 if update.failure is not None:
                     self.failures[parts[2]] = update.failure
                 return 200, self.runs[parts[2]]

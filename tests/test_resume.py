@@ -8,11 +8,16 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import pyarrow as pa
 import pytest
+
+from brn_core import wire
+from brn_core.client import Client
+from brn_core.shipper import Shipper
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -165,12 +170,9 @@ def test_a_resumed_training_is_the_same_run_with_every_row_stored_once(
 def test_why_a_run_failed_is_told_until_it_goes_on(client: httpx.Client, run_id: str) -> None:
     record = {"id": run_id, "name": "a run", "world_size": 2}
     client.post("/v1/runs", json=record).raise_for_status()
-    client.patch(
-        f"/v1/runs/{run_id}", json={"status": "failed", "failure": "rank 1 of 2 ended with SIGKILL", "dropped_steps": 3}
-    )
+    client.patch(f"/v1/runs/{run_id}", json={"status": "failed", "failure": "rank 1 of 2 ended with SIGKILL"})
     failed = client.get(f"/v1/runs/{run_id}").json()
     assert (failed["state"], failed["failure"]) == ("failed", "rank 1 of 2 ended with SIGKILL")
-    assert failed["dropped_steps"] == 3
     client.post("/v1/runs", json=record).raise_for_status()
     assert client.get(f"/v1/runs/{run_id}").json()["failure"] == ""
 
@@ -184,10 +186,58 @@ def test_a_run_says_what_all_its_ranks_dropped_in_whatever_order_they_end(client
 
     client.post("/v1/runs", json=record).raise_for_status()
     assert told({"notes": "so far"}) == (0, {})
-    assert told({"dropped_by_rank": {"2": 4}}) == (4, {"2": 4})
+    assert told({"dropped_by_process": {"2": {"20": 4}}}) == (4, {"2": 4})
     client.post("/v1/runs", json=record).raise_for_status()  # rank 0 could not say it earlier
     for _ in range(2):  # said again, after an answer that was lost
-        assert told({"status": "finished", "dropped_steps": 3}) == (7, {"0": 3, "2": 4})
-    assert told({"dropped_by_rank": {"1": 1}}) == (8, {"0": 3, "1": 1, "2": 4})
-    client.post("/v1/runs", json=record).raise_for_status()  # the run goes on
-    assert client.get(f"/v1/runs/{run_id}").json()["dropped_steps"] == 0
+        assert told({"status": "finished", "dropped_by_process": {"0": {"10": 3}}}) == (7, {"0": 3, "2": 4})
+    assert told({"dropped_by_process": {"1": {"10": 1}}}) == (8, {"0": 3, "1": 1, "2": 4})
+
+
+@pytest.mark.parametrize("status", ["running", "finished", "failed"])
+def test_what_a_run_dropped_before_it_goes_on_stays_counted_and_nothing_is_counted_twice(
+    client: httpx.Client, run_id: str, status: str
+) -> None:
+    record = {"id": run_id, "name": "a run", "world_size": 2}
+    path = f"/v1/runs/{run_id}"
+
+    def say(update: dict[str, object]) -> None:
+        for _ in range(2):  # again, after an answer that was lost
+            client.patch(path, json=update).raise_for_status()
+
+    client.post("/v1/runs", json=record).raise_for_status()
+    say({"dropped_by_process": {"1": {"20": 4}}})
+    say({"status": status, "dropped_by_process": {"0": {"10": 3}}})
+    for _ in range(2):
+        known = client.post("/v1/runs", json=record).raise_for_status().json()
+        assert (known["status"], known["dropped_steps"], known["dropped_by_rank"]) == ("running", 7, {"0": 3, "1": 4})
+    say({"dropped_by_process": {"1": {"21": 2}}})  # each process counts from 0
+    say({"status": "finished", "dropped_by_process": {"0": {"11": 5}}})
+    say({"dropped_by_process": {"1": {"20": 6}}})  # and its last word may come late
+    run = client.get(path).json()
+    assert (run["dropped_steps"], run["dropped_by_rank"]) == (16, {"0": 8, "1": 8})
+    assert run["dropped_by_process"] == {"0": {"10": 3, "11": 5}, "1": {"20": 6, "21": 2}}
+
+
+@dataclass
+class Lost:
+    """A recorded step that no service takes."""
+
+    step: int
+    size_bytes: int = 1
+
+
+@pytest.mark.parametrize("status", ["finished", "failed"])
+def test_a_resumed_training_adds_what_it_drops_to_what_was_dropped_before(
+    client: httpx.Client, run_id: str, status: str
+) -> None:
+    registration = wire.RunCreate(id=run_id, name="a run", world_size=2)
+    for process in range(3):
+        for rank in range(2):
+            sender = Client(str(client.base_url))
+            shipper = Shipper[Lost](sender, registration, rank, lambda rows: b"no Arrow", spool=None)
+            for step in range(process * (rank + 1)):  # the first drops nothing
+                shipper.offer(Lost(step))
+            assert shipper.close(end=wire.RunUpdate.model_validate({"status": status}))
+            assert shipper.dropped == process * (rank + 1)
+    run = client.get(f"/v1/runs/{run_id}").json()
+    assert (run["status"], run["dropped_steps"], run["dropped_by_rank"]) == (status, 9, {"0": 3, "1": 6})

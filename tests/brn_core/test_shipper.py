@@ -421,7 +421,7 @@ def test_what_is_dropped_up_to_the_very_end_is_said_with_the_end(ship):
         shipper = ship(service.url, flush_seconds=3600)
         for step in range(3):
             shipper.offer(_step(step))
-        shipper.close(end=RunUpdate(status="finished", dropped_steps=2))  # two were lost before they came here
+        shipper.close(end=RunUpdate(status="finished"), dropped_steps=2)  # two were lost before they came here
         assert service.dropped == {"run-1": 5}
         ship(service.url, registration=RunCreate(id="run-2", name="b")).close(end=RunUpdate(status="finished"))
         assert service.dropped == {"run-1": 5}, "a run without drops says nothing of them"
@@ -437,15 +437,36 @@ def test_every_rank_says_what_it_dropped_and_only_rank_0_how_the_run_ended(ship,
             shipper = ship(service.url, rank=rank, flush_seconds=3600)
             for step in range(steps):
                 shipper.offer(_step(step))
-            shipper.close(
-                end=RunUpdate(status="finished" if rank == 0 else "failed", dropped_steps=1 if steps else None)
-            )
+            shipper.close(end=RunUpdate(status="finished" if rank == 0 else "failed"), dropped_steps=1 if steps else 0)
         if away:
             assert service.dropped == {}
             service.fault = lambda method, path: None
             assert sync(tmp_path, service.url, None) == 0
         assert service.dropped == {"run-1": 3 + 4}
         assert service.statuses == {"run-1": "finished"}
+
+
+@pytest.mark.parametrize("back_for_the_last", [False, True])
+def test_what_earlier_processes_dropped_and_could_not_say_is_said_when_the_service_is_there(
+    ship, tmp_path, back_for_the_last
+):
+    away = True
+
+    def fault(method, path):
+        return Fault(503) if away and method == "PATCH" else None
+
+    folder = Spool(tmp_path).folder("run-1", 0)
+    with FakeService(fault) as service:
+        for process in range(3):
+            away = process < 2 or not back_for_the_last
+            shipper = ship(service.url)
+            eventually(lambda: folder.end() is None or folder.end().status is None)  # the run goes on
+            shipper.close(end=RunUpdate(status="finished" if process == 2 else "failed"), dropped_steps=process + 1)
+        away = False
+        assert sync(tmp_path, service.url, None) == 0
+        assert service.dropped == {"run-1": 1 + 2 + 3}
+        assert service.statuses == {"run-1": "finished"}
+        assert folder.end() is None
 
 
 # --- a service that is worse than absent ---------------------------------------------------------------------------
@@ -501,10 +522,10 @@ def test_closing_beside_a_request_that_hangs_spools_what_is_left(ship, tmp_path)
         eventually(lambda: shipper._asked)
         for i in range(1, 300):
             shipper.offer(_step(i))
-        assert not shipper.close(timeout_seconds=0.1, end=RunUpdate(dropped_steps=2))
+        assert not shipper.close(timeout_seconds=0.1, end=RunUpdate(), dropped_steps=2)
         folder = Spool(tmp_path).folder("run-1", 1)
         assert sum(parcel.steps for parcel in folder.parcels()) == 300
-        assert folder.end() == RunUpdate(dropped_by_rank={1: 2})
+        assert folder.end() == RunUpdate(dropped_by_process={1: {shipper._process: 2}})
         stop.set()
         eventually(lambda: shipper.close(timeout_seconds=0.1))
     assert shipper.dropped == 0

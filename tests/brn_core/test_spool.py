@@ -9,6 +9,8 @@ from fake_service import FakeService, Fault
 
 from brn_core import spool as module
 from brn_core import wire
+from brn_core.client import Client
+from brn_core.drain import drain
 from brn_core.packer import StepRows, tables
 from brn_core.spool import Spool, main
 from brn_core.wire import RunCreate, RunUpdate
@@ -96,6 +98,22 @@ def test_tidying_leaves_what_was_refused_and_what_waits(tmp_path):
 def test_a_limit_without_room_is_refused(tmp_path, limit):
     with pytest.raises(ValueError, match="limit_bytes must be >= 1"):
         Spool(tmp_path, limit_bytes=limit)
+
+
+def test_a_last_word_that_comes_while_an_earlier_one_is_sent_is_sent_too(tmp_path):
+    folder = Spool(tmp_path).folder("run-1", 0)
+    folder.put_end(RUN, RunUpdate(dropped_by_process={0: {1: 2}}))
+    words = iter([RunUpdate(status="finished", dropped_by_process={0: {5: 3}})])
+
+    def fault(method, path):
+        if method == "PATCH" and (word := next(words, None)) is not None:
+            folder.put_end(RUN, word)
+
+    with FakeService(fault) as service, Client(service.url) as client:
+        service.runs["run-1"] = {}
+        assert drain(client, folder).left == 0
+        assert (service.statuses, service.dropped) == ({"run-1": "finished"}, {"run-1": 5})
+    assert folder.end() is None
 
 
 def test_the_command_sends_everything_and_says_so(tmp_path, capsys):

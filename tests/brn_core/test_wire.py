@@ -252,12 +252,16 @@ def test_settings_that_only_look_like_secrets_are_kept():
     assert wire.without_secrets(given) == given
 
 
-def test_a_run_without_drops_reads_as_before_they_were_counted_by_rank():
+def test_drops_are_added_up_over_ranks_and_processes_and_a_repeated_word_is_no_news():
     run = wire.RunCreate(id="r", name="r")
-    assert "dropped_by_rank" not in run.model_dump_json()
-    told = run.model_copy(update=wire.with_drops({}, wire.RunUpdate(dropped_by_rank={3: 2})))
-    assert wire.RunCreate.model_validate_json(told.model_dump_json()) == told
-    assert (told.dropped_steps, told.dropped_by_rank) == (2, {3: 2})
+    assert "dropped_by" not in run.model_dump_json()
+    for said in ({3: {8: 1}}, {3: {8: 2}}, {3: {9: 4}}, {0: {8: 1}}):
+        for _ in range(2):
+            run = wire.updated(run, wire.RunUpdate(dropped_by_process=said))
+    assert wire.RunCreate.model_validate_json(run.model_dump_json()) == run
+    assert (run.dropped_steps, run.dropped_by_rank) == (7, {3: 6, 0: 1})
+    assert run.dropped_by_process == {3: {8: 2, 9: 4}, 0: {8: 1}}
+    assert wire.updated(run, wire.RunUpdate(notes="seen")).dropped_steps == 7
 
 
 def test_notes_and_failures_are_kept_without_secrets():

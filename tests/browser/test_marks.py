@@ -148,6 +148,35 @@ def test_what_is_over_has_a_line_that_stays_open_and_can_be_marked(
     expect(line.locator("button[data-mark]")).to_be_focused()
 
 
+def test_the_list_of_runs_says_what_was_made_of_a_verdict_and_a_muted_badge_steps_back(
+    client: httpx.Client, store: Store, clustered: str, open_window: Open
+) -> None:
+    windows.diagnosis(store, clustered)
+    page = open_window(f"/?search={clustered}").page
+    cell = page.locator(f"tr[data-part='{clustered}'] .c-verdict")
+    badge, chip = cell.locator(".badge"), cell.locator(".tag")
+    code = str(client.get(f"/v1/runs/{clustered}").json()["verdict"]["code"])
+    expect(badge).to_contain_text(code)
+    expect(chip).to_have_count(0)
+
+    def colour() -> str:
+        return str(badge.evaluate("(badge) => getComputedStyle(badge).color"))
+
+    loud = colour()
+    for said in ("acknowledged", "muted"):
+        mark(client, clustered, code, said)
+        expect(chip).to_have_text(said)  # the page keeps itself current
+        assert (colour() == loud) == (said == "acknowledged")
+    placed, beside = badge.bounding_box(), chip.bounding_box()
+    assert placed is not None
+    assert beside is not None
+    assert beside["x"] > placed["x"] + placed["width"]
+    assert abs(beside["y"] + beside["height"] / 2 - placed["y"] - placed["height"] / 2) < 4, "on one line"
+    mark(client, clustered, code, "open")
+    expect(chip).to_have_count(0)
+    assert colour() == loud
+
+
 def test_who_may_only_read_is_told_so_in_the_dialog(
     app: FastAPI, client: httpx.Client, clustered: str, open_window: Open
 ) -> None:
@@ -193,3 +222,7 @@ def test_axe_finds_nothing_serious_in_marks_their_past_and_their_dialog(
     card_of(page).locator("button[data-mark]").press("Enter")
     expect(page.locator("#mark-dialog")).to_be_visible()
     accessible(page)
+    page.goto(f"/?search={clustered}")
+    expect(page.locator(".quieter .tag")).to_have_text("muted")
+    accessible(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -68,6 +68,31 @@ class TestRunList:
             assert part in text
         assert verdict["code"] in text
 
+    def test_says_whether_somebody_has_looked_at_the_verdict_of_a_run(self, client: httpx.Client, run_id: str) -> None:
+        made.create(client, made.run_record(run_id)).raise_for_status()
+        made.send(client, run_id, made.clustered_tables()).raise_for_status()
+        code = client.get(f"/v1/runs/{run_id}/findings").json()["verdict"]["code"]
+
+        def verdict() -> str:
+            row = re.search(rf'<tr data-part="{run_id}".*?</tr>', client.get("/").text, re.DOTALL)
+            assert row is not None
+            cell = re.search(r'<td class="c-verdict.*?</td>', row[0], re.DOTALL)
+            assert cell is not None
+            return cell[0]
+
+        def mark(code: str, said: str) -> None:
+            client.put(f"/v1/runs/{run_id}/findings/{code}/mark", json={"mark": said}).raise_for_status()
+
+        mark("NH-LAG", "muted")  # not what the verdict is about
+        assert code in verdict()
+        assert 'class="tag"' not in verdict()
+        for said in ("acknowledged", "muted"):
+            mark(code, said)
+            assert f'<span class="tag">{said}</span>' in verdict()
+            assert ('class="c-verdict quieter"' in verdict()) == (said == "muted")
+        mark(code, "open")
+        assert 'class="tag"' not in verdict()
+
     def test_newest_first(self, client: httpx.Client, run_id: str) -> None:
         for name in ("a-older", "b-newer"):
             made.create(client, made.run_record(f"{run_id}-{name}"))
@@ -132,7 +157,10 @@ class TestRunPage:
         for path, link in (
             (f"/runs/{run_id}/layers/7", f'<a class="primary" href="/runs/{run_id}">To the run</a>'),
             (f"/runs/{run_id}/figures/nonsense", f'<a class="primary" href="/runs/{run_id}">To the run</a>'),
+            (f"/runs/{run_id}/nowhere", f'<a class="primary" href="/runs/{run_id}">To the run</a>'),
+            (f"/runs/{run_id}/nowhere/at/all", f'<a class="primary" href="/runs/{run_id}">To the run</a>'),
             ("/runs/nobody/layers/0", '<a class="primary" href="/">All runs</a>'),
+            ("/runs/nobody/nowhere", '<a class="primary" href="/">All runs</a>'),
             ("/runs/nobody", '<a class="primary" href="/">All runs</a>'),
         ):
             page = client.get(path, headers=BROWSER)
@@ -266,6 +294,17 @@ class TestLogin:
         assert (answer.status_code, answer.headers["location"]) == (303, "/login?to=/runs/a%3Flayer%3D1")
         form = locked.get(answer.headers["location"]).text
         assert 'action="/login?to=/runs/a%3Flayer%3D1"' in form
+
+    def test_a_page_that_does_not_exist_tells_nothing_of_its_run_without_the_token(
+        self, client: httpx.Client, locked: httpx.Client, run_id: str
+    ) -> None:
+        token = {"authorization": f"Bearer {TOKEN}"}
+        record = made.run_record(run_id, name="a secret plan").model_dump()
+        client.post("/v1/runs", json=record, headers=token).raise_for_status()
+        page = locked.get(f"/runs/{run_id}/nowhere", headers=BROWSER)
+        assert page.status_code == 404
+        assert "a secret plan" not in page.text
+        assert "a secret plan" in locked.get(f"/runs/{run_id}/nowhere", headers=BROWSER | token).text
 
     def test_scripts_get_401(self, locked: httpx.Client) -> None:
         for address in ("/fragment", "/runs/a/figures/schedule", "/v1/runs"):

@@ -246,6 +246,35 @@ def test_a_mark_with_its_note_is_kept_and_goes_with_its_run(client: httpx.Client
     assert client.put(path, json={"mark": "muted"}).status_code == 404
 
 
+def test_the_marks_of_many_runs_are_read_by_one_query_and_again_only_after_a_change(
+    client: httpx.Client, store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [f"{run_id}-{i}" for i in range(5)]
+    for run, said in zip(runs, ("acknowledged", "muted", "open", "muted", None), strict=True):
+        client.post("/v1/runs", json=run_record(run).model_dump()).raise_for_status()
+        if said is not None:
+            client.put(f"/v1/runs/{run}/findings/NH-GAP/mark", json={"mark": said}).raise_for_status()
+    codes = dict.fromkeys(runs, "NH-GAP") | {runs[3]: "NH-LAG"}  # another one was muted there
+    codes |= {f"{run_id}-unknown": "NH-GAP", f"{run_id}-healthy": "HEALTHY"}
+    ask, asking, asked = store.engine.rows, threading.get_ident(), 0
+
+    def counted(sql: str, **parameters: object) -> pa.Table:
+        nonlocal asked
+        asked += threading.get_ident() == asking  # a diagnosis runs beside this
+        return ask(sql, **parameters)
+
+    monkeypatch.setattr(store.engine, "rows", counted)
+    for queries in (1, 1, 1):
+        assert history.marks(store, codes) == {runs[0]: "acknowledged", runs[1]: "muted"}
+        assert asked == queries
+    client.put(f"/v1/runs/{runs[4]}/findings/NH-GAP/mark", json={"mark": "muted"}).raise_for_status()
+    asked = 0
+    assert history.marks(store, codes) == {runs[0]: "acknowledged", runs[1]: "muted", runs[4]: "muted"}
+    assert asked == 1
+    assert history.marks(store, dict.fromkeys(runs, "HEALTHY")) == {}
+    assert asked == 1
+
+
 def test_a_mark_of_no_finding_says_which_there_are(client: httpx.Client, clustered: str) -> None:
     answer = client.put(f"/v1/runs/{clustered}/findings/NH-NONSENSE/mark", json={"mark": "muted"})
 
