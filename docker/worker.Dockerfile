@@ -14,7 +14,7 @@ LABEL org.opencontainers.image.title="brn-train" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.version="0.1.0"
 # tini is process 1: a signal ends what it starts at any time, also while torch is being imported.
-# --compile and the fused kernels need g++ with its gcc, and Python.h, which python:* images have and others may not.
+# --compile and Batch Renorm's kernels need g++ with its gcc, and Python.h, which python:* images have and others may not.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends tini g++ \
         $(test -e "$(python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || echo libpython3-dev) \

@@ -304,6 +304,9 @@ def test_a_compiled_training_finds_its_compiler_and_a_place_to_execute_from(stac
     assert run["config"]["compile"]
     layers = httpx.get(f"{stack.url}/v1/runs/compiled/layers").raise_for_status().json()["layers"]
     assert (run["status"], run["rows"]) == ("finished", 4 * len(layers) * run["world_size"])
+    kernels = "from brn_core import fused_host; print(fused_host._compiled()); assert fused_host.library()"
+    said = stack.compose("run", "--rm", "--no-deps", "--entrypoint", "python", "worker", "-c", kernels)
+    assert "/var/lib/brn/cache/brn/fused_host-" in said
 
 
 def test_rows_outlive_the_containers(stack: Stack) -> None:
