@@ -9,27 +9,23 @@ static float or_zero(float value) {
     return value - value == 0.0f ? value : 0.0f; /* not of NaN or an infinity */
 }
 
-/* Rows of C numbers: 1 / sigma_B, r, d, gamma r, gamma d + beta in `made`; unless null, sigma_B and what mu and sigma
-   were in `before`. */
+/* Answers 1 / sigma_B, r, d, gamma r, gamma d + beta; and sigma_B and what mu and sigma were, unless these are null. */
 void correct(
     long C, const float *restrict mean, const float *restrict var, float *restrict mu, float *restrict sigma,
     const float *r_min_at, const float *r_max_at, const float *d_max_at, long long *count,
     const float *restrict weight, const float *restrict bias, double alpha64, double eps64,
-    float *made, float *before
+    float *restrict inverse, float *restrict r, float *restrict d, float *restrict scale, float *restrict shift,
+    float *restrict batch_sigma, float *restrict mu_was, float *restrict sigma_was
 ) {
     const float r_min = *r_min_at, r_max = *r_max_at, d_max = *d_max_at;
     const float alpha = (float)alpha64, eps = (float)eps64;
-    float *restrict inverse = made, *restrict r = made + C, *restrict d = made + 2 * C;
-    float *restrict scale = made + 3 * C, *restrict shift = made + 4 * C;
     /* Short loops, which compilers turn into vector instructions. */
-    if (before) {
-        float *restrict sigma_B = before, *restrict old_mu = before + C, *restrict old_sigma = before + 2 * C;
+    if (mu_was)
         for (long c = 0; c < C; c++) {
-            sigma_B[c] = __builtin_sqrtf(var[c] + eps);
-            old_mu[c] = mu[c];
-            old_sigma[c] = sigma[c];
+            batch_sigma[c] = __builtin_sqrtf(var[c] + eps);
+            mu_was[c] = mu[c];
+            sigma_was[c] = sigma[c];
         }
-    }
     for (long c = 0; c < C; c++) {
         const float sigma_B = __builtin_sqrtf(var[c] + eps), off = mean[c] - mu[c], wider = sigma_B - sigma[c];
         inverse[c] = 1.0f / sigma_B;

@@ -45,9 +45,9 @@ _CORRECT: Final[list[_Argument]] = [
     *[_POINTER] * 10,
     ctypes.c_double,
     ctypes.c_double,
-    _POINTER,
-    _POINTER,
+    *[_POINTER] * 8,
 ]
+_NOT_OBSERVED: Final = (None, None, None)
 _WEIGHT_GRADIENT: Final[list[_Argument]] = [ctypes.c_long, *[_POINTER] * 4]
 
 
@@ -84,7 +84,7 @@ def correct(
             return None
     if kernels is None or not (count.is_cpu and count.dtype is torch.int64 and count.numel() == 1):
         return None
-    made, before = torch.empty((5, C)), torch.empty((3, C)) if observed else None
+    made = [torch.empty(C) for _ in range(8 if observed else 5)]  # rows of one tensor are dearer: views are
     kernels.correct(
         C,
         mean.data_ptr(),
@@ -97,11 +97,11 @@ def correct(
         None if beta is None else beta.data_ptr(),
         alpha,
         eps,
-        made.data_ptr(),
-        None if before is None else before.data_ptr(),
+        *[v.data_ptr() for v in made],
+        *(() if observed else _NOT_OBSERVED),
     )
     torch.autograd.graph.increment_version((mu, sigma, count))
-    return made.unbind(), None if before is None else before.unbind()
+    return made[:5], made[5:] or None
 
 
 def weight_gradient(dz: Tensor, db: Tensor, r: Tensor, d: Tensor) -> Tensor | None:
