@@ -47,6 +47,7 @@ _CORRECT: Final[list[_Argument]] = [
     ctypes.c_double,
     *[_POINTER] * 8,
 ]
+_PLAIN: Final = (Tensor, torch.nn.Parameter)
 _NOT_OBSERVED: Final = (None, None, None)
 _WEIGHT_GRADIENT: Final[list[_Argument]] = [ctypes.c_long, *[_POINTER] * 4]
 
@@ -73,18 +74,26 @@ def correct(
     kernels, C = library(), mean.numel()
     gamma = None if weight is None else as_dtype(weight, torch.float32)
     beta = None if bias is None else as_dtype(bias, torch.float32)
-    # Inline: this is called for every layer. What was measured is float32 in a row, as the kernels of torch answer it.
+    # Inline, as every layer pays for it: whatever could make a pointer that is none is left to the operators. What was
+    # measured is float32 in a row, as the kernels of torch answer it.
     for v in (mu, sigma, gamma, beta):
         if v is not None and not (
-            v.is_cpu and v.dtype is torch.float32 and v.numel() == C and v.is_contiguous() and not v.is_inference()
+            type(v) in _PLAIN
+            and v.is_cpu
+            and v.dtype is torch.float32
+            and v.numel() == C
+            and v.is_contiguous()
+            and not v.is_inference()
         ):
             return None
     for v in limits:
-        if not (v.is_cpu and v.dtype is torch.float32 and v.numel() == 1):
+        if not (type(v) is Tensor and v.is_cpu and v.dtype is torch.float32 and v.numel() == 1):
             return None
-    if kernels is None or not (count.is_cpu and count.dtype is torch.int64 and count.numel() == 1):
+    if not (type(count) is Tensor and count.is_cpu and count.dtype is torch.int64 and count.numel() == 1):
         return None
-    made = [torch.empty(C) for _ in range(8 if observed else 5)]  # rows of one tensor are dearer: views are
+    if kernels is None:
+        return None
+    made = [torch.empty_like(mean) for _ in range(8 if observed else 5)]  # rows of one tensor are dearer: views are
     kernels.correct(
         C,
         mean.data_ptr(),
@@ -107,7 +116,7 @@ def correct(
 def weight_gradient(dz: Tensor, db: Tensor, r: Tensor, d: Tensor) -> Tensor | None:
     """`fused.weight_gradient`, in place of `dz`."""
     kernels = library()
-    if kernels is None or dz.dtype is not torch.float32 or r.dtype is not torch.float32:
+    if kernels is None or not (dz.dtype is torch.float32 is r.dtype and r.is_contiguous() and d.is_contiguous()):
         return None
     kernels.weight_gradient(dz.numel(), dz.data_ptr(), db.data_ptr(), r.data_ptr(), d.data_ptr())
     return dz

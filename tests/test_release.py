@@ -110,6 +110,7 @@ def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (packages / "pandas.py").write_text("raise ImportError('not here')\n", encoding="utf-8")
     found = run(python, "-c", "import service, brn_core, dashboard as d; print(d.__file__)", cwd=folder).strip()
     assert found.startswith(str(packages)), f"not the wheel but {found}"
+    assert (packages / "brn_core" / "fused_host.c").is_file(), "what a layer compiles is in the wheel"
     return python.parent
 
 
