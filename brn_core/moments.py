@@ -64,7 +64,7 @@ def _kernel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     running_mean, running_var = None, None
     if x.is_cpu and x.dtype in _SIXTEEN_BITS:
         # On CPU the answer has the dtype of the running buffers (what they hold is unused), or of x without any.
-        running_mean = running_var = x.new_empty(x.shape[1], dtype=torch.float32)
+        running_mean = running_var = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
     return torch.batch_norm_update_stats(x, running_mean, running_var, 0.0)
 
 
