@@ -2,8 +2,8 @@
 
 As operators the work on C numbers is some 14 calls, and in a training step, where the code of one is no longer in the
 cache by the next layer, each takes as long as thousands of numbers. A wheel for every machine cannot bring machine
-code, so it is compiled when a layer first trains (half a second) and kept in the user's cache, as torch.compile and
-Triton do. Without a compiler, a home or the right to run what was written there, the operators do the work.
+code, so it is compiled when a layer first trains (a tenth of a second) and kept in the user's cache, as torch.compile
+and Triton do. Without a compiler, a home or the right to run what was written there, the operators do the work.
 """
 
 from __future__ import annotations

@@ -221,8 +221,7 @@ def test_a_step_on_the_cpu_is_a_handful_of_operators():
 @NEEDS_COMPILER
 def test_what_the_host_kernel_changes_is_known_to_have_changed():
     layer = BatchRenorm(3)
-    (layer.running_mean * torch.ones(3, requires_grad=True)).sum()  # autograd keeps running_mean for its backward
-    loss = (layer.running_mean * torch.ones(3, requires_grad=True)).sum()
+    loss = (layer.running_mean * torch.ones(3, requires_grad=True)).sum()  # which keeps running_mean for its backward
     layer(torch.randn(4, 3))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
